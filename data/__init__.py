@@ -1,0 +1,83 @@
+"""Find the sets by name and build what is trained and tested on."""
+
+import itertools
+import signal
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from data import benchmark, demo, div2k
+from data.benchmark import ImageSet
+from data.srdata import EpochSampler, Patches, WholeImages
+from utility import InputError
+
+DIV2K_RANGES = ((1, 800), (801, 810))  # EDSR's images of training and of validation, counted from 1
+
+
+def find_set(name, dir_data, scale, dir_demo=""):
+    """The set `name` wherever it lies below `dir_data`, found by looking. Raises InputError."""
+    dir_data = Path(dir_data)
+    if name == "demo":
+        return demo.find(dir_demo)
+    if name == "DIV2K" and (dir_data / "DIV2K").is_dir():
+        return div2k.find(dir_data / "DIV2K", scale)
+    for root, is_benchmark in ((dir_data / "benchmark" / name, True), (dir_data / name, False)):
+        if name and (root / "HR").is_dir():
+            return benchmark.find(root, name, scale, is_benchmark)
+    if not dir_data.is_dir():
+        raise InputError(f"--dir_data {dir_data}: no such folder")
+    there = sorted(
+        {path.parent.name for path in itertools.chain(dir_data.glob("*/HR"), dir_data.glob("benchmark/*/HR"))}
+    )
+    there = ", ".join(there) or "none"
+    raise InputError(f"no set {name!r} in --dir_data {dir_data}; the sets there: {there}")
+
+
+def take_range(images, span, flag="--data_range"):
+    """The images from the first to the last number of `span` (both counted, from 1); all if it is None."""
+    if span is None:
+        return images
+    first, last = span
+    if last > len(images.pairs):
+        raise InputError(f"{flag} {first}-{last}: {images.name} holds {len(images.pairs)} images")
+    chosen = dict(itertools.islice(images.pairs.items(), first - 1, last))
+    return ImageSet(images.name, images.root, chosen, images.benchmark)
+
+
+def build_train_loader(
+    names, dir_data, scale, data_range=None, patch_size=96, augment=True, n_colors=3, ext="sep", seed=1,
+    batch_size=16, iterations=1000, n_threads=4, pin_memory=False,
+):  # fmt: skip
+    """A DataLoader of (LR, HR) uint8 patches, one epoch `iterations` batches; see Patches and EpochSampler."""
+    sets = [find_set(name, dir_data, scale) for name in names]
+    sets = [take_range(images, _range_of(images, data_range, 0)) for images in sets]
+    patches = Patches(sets, scale, patch_size, augment, n_colors, ext, seed)
+    return DataLoader(
+        patches,
+        batch_size,
+        sampler=EpochSampler(len(patches), iterations * batch_size, seed),
+        num_workers=n_threads,
+        persistent_workers=n_threads > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # its own, so that iterating leaves the global random state alone
+    )
+
+
+def build_test_sets(names, dir_data, scale, data_range=None, n_colors=3, dir_demo=""):
+    """A WholeImages for each name."""
+    sets = [find_set(name, dir_data, scale, dir_demo) for name in names]
+    return [WholeImages(take_range(images, _range_of(images, data_range, 1)), scale, n_colors) for images in sets]
+
+
+def _range_of(images, data_range, part):
+    if images.benchmark or images.name == "demo":
+        return None
+    if data_range is None:
+        return DIV2K_RANGES[part] if images.name == "DIV2K" else None
+    return data_range[part]
+
+
+def _ignore_interrupts(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers once it has saved

@@ -1,0 +1,65 @@
+"""Where the files of a paired set lie: <root>/HR/<name>.png and <root>/LR_bicubic/X<s>/<name>[x<s>].png."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.image import image_size, list_images
+from utility import InputError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A set of images on the disk.
+
+    name       as it was asked for
+    root       its folder; the cache lies in <root>/bin
+    pairs      {image name: (HR path, LR path)}; HR is None where there is none
+    benchmark  whether it is measured by the protocol of benchmark sets
+    """
+
+    name: str
+    root: Path
+    pairs: dict
+    benchmark: bool = False
+
+
+def pair_up(hr_folder, lr_folder, scale, maker):
+    """{name: (HR path, LR path)} of two folders. `maker` is the command that makes the LR images.
+
+    Raises InputError where an image is alone or a size does not fit the scale.
+    """
+    hr_images = list_images(hr_folder)
+    if not lr_folder.is_dir():
+        raise InputError(f"{lr_folder}: the LR images at x{scale} are missing; make them with: {maker}")
+    lr_images = list_images(lr_folder)
+    pairs = {}
+    for name, hr in hr_images.items():
+        lr = lr_images.get(name) or lr_images.get(f"{name}x{scale}")
+        if lr is None:
+            raise InputError(f"{hr}: has no LR image in {lr_folder}; make it with: {maker}")
+        pairs[name] = (hr, lr)
+    alone = set(lr_images.values()) - {lr for _, lr in pairs.values()}
+    if alone:
+        raise InputError(f"{min(alone)}: has no HR image in {hr_folder}; remove one or add the other")
+    for hr, lr in pairs.values():
+        check_sizes(hr, lr, scale)
+    return pairs
+
+
+def check_sizes(hr, lr, scale):
+    """InputError unless LR is HR / scale, rounded down, on both sides."""
+    hr_size, lr_size = image_size(hr), image_size(lr)
+    if tuple(length // scale for length in hr_size) != lr_size:
+        (h, w), (lr_h, lr_w) = hr_size, lr_size
+        raise InputError(
+            f"{lr}: {lr_h}x{lr_w} pixels are not {hr} ({h}x{w}) at x{scale}; make the LR images anew for this scale"
+        )
+
+
+def find(root, name, scale, benchmark):
+    """The set in <root>, whose HR images lie in <root>/HR. Raises InputError."""
+    out = root.parent.parent if benchmark else root.parent
+    kind = "benchmark" if benchmark else "train"
+    maker = f"python tools/prepare_data.py {kind} --hr {root / 'HR'} --name {name} --scales {scale} --out {out}"
+    pairs = pair_up(root / "HR", root / "LR_bicubic" / f"X{scale}", scale, maker)
+    return ImageSet(name, root, pairs, benchmark)

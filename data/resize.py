@@ -1,0 +1,38 @@
+"""Bicubic downscaling as MATLAB's imresize does it: the LR images of the field."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def downscale(image, scale):
+    """uint8 (H, W, C), H and W multiples of the whole number `scale` -> uint8 (H / scale, W / scale, C).
+
+    Rows first, rounded to 8 bits, then columns, as imresize on a uint8 image; the border is mirrored.
+
+    Raises ValueError if a side is no multiple of the scale.
+    """
+    height, width = image.shape[:2]
+    if height % scale or width % scale:
+        raise ValueError(f"{height}x{width} pixels cannot be divided by {scale}")
+    image = _downscale_axis(image, scale, axis=0)
+    return _downscale_axis(image, scale, axis=1)
+
+
+def _downscale_axis(image, scale, axis):
+    margin = 3  # output pixels; the kernel reaches over two
+    padding = [(0, 0)] * 3
+    padding[axis] = (margin * scale, margin * scale)
+    padded = torch.from_numpy(np.pad(image, padding, mode="symmetric").transpose(2, 0, 1)[None].astype(np.float32))
+    size = list(padded.shape[2:])
+    size[axis] //= scale
+    resized = F.interpolate(padded, size, mode="bicubic", antialias=True, align_corners=False)[0]
+    resized = resized.clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
+    kept = slice(margin, -margin)
+    return resized[kept] if axis == 0 else resized[:, kept]
+
+
+def crop_to_multiple(image, scale):
+    """Cut rows at the bottom and columns at the right until both sides are multiples of `scale`."""
+    height, width = image.shape[:2]
+    return image[: height - height % scale, : width - width % scale]

@@ -1,0 +1,122 @@
+"""Pairs of HR and LR images: random patches to train on, whole images to test on."""
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from data import cache
+from data.image import image_size, read_image
+from utility import InputError
+
+
+class Patches(Dataset):
+    """Random patches of image pairs.
+
+    An item is asked for by (image, epoch, draw) and gives LR (n_colors, P, P) and HR (n_colors, sP, sP), uint8. What
+    is cut and how it is turned depends on the seed, the epoch and the draw alone: not on the worker, nor on how many
+    there are.
+
+    Args:
+        sets: ImageSets
+        scale: s
+        patch_size: P, low-resolution pixels
+        augment: flip and turn by 90 degrees at random
+        ext: kind of cache, see cache.py
+        seed: >= 0
+
+    Raises:
+        InputError: there is no image, one is smaller than a patch, or a file is broken
+    """
+
+    def __init__(self, sets, scale, patch_size=96, augment=True, n_colors=3, ext="sep", seed=1):
+        self.scale, self.patch_size, self.augment, self.n_colors, self.seed = scale, patch_size, augment, n_colors, seed
+        for images in sets:
+            for _, lr in images.pairs.values():
+                height, width = image_size(lr)
+                if min(height, width) < patch_size:
+                    raise InputError(
+                        f"{lr}: {height}x{width} pixels are smaller than --patch_size {patch_size}; "
+                        f"take smaller patches or the image out"
+                    )
+        hr = [path for images in sets for path, _ in images.pairs.values()]
+        if not hr:
+            raise InputError(f"--data_train {'+'.join(images.name for images in sets)}: holds no images")
+        self.hr, self.lr = [], []
+        for images in sets:
+            hr, lr = zip(*images.pairs.values(), strict=True)
+            self.hr += cache.prepare(hr, images.root, ext, n_colors)
+            self.lr += cache.prepare(lr, images.root, ext, n_colors)
+
+    def __len__(self):
+        return len(self.lr)
+
+    def __getitem__(self, key):
+        image, epoch, draw = key
+        rng = np.random.default_rng((self.seed, epoch, draw))
+        lr = cache.open_image(self.lr[image], self.n_colors)
+        hr = cache.open_image(self.hr[image], self.n_colors)
+        size, scale = self.patch_size, self.scale
+        top = rng.integers(lr.shape[0] - size + 1)
+        left = rng.integers(lr.shape[1] - size + 1)
+        lr = lr[top : top + size, left : left + size]
+        hr = hr[top * scale : (top + size) * scale, left * scale : (left + size) * scale]
+        if self.augment:
+            flip_rows, flip_columns, transpose = rng.integers(2, size=3)
+            lr, hr = (_turn(patch, flip_rows, flip_columns, transpose) for patch in (lr, hr))
+        return _to_tensor(lr), _to_tensor(hr)
+
+
+class EpochSampler(Sampler):
+    """The keys of one epoch of `Patches`: all images in random order, again and again, `draws` in all.
+
+    Set `epoch` before each epoch, and `first_draw` to begin in the middle of one.
+    """
+
+    def __init__(self, n_images, draws, seed=1):
+        self.n_images, self.draws, self.seed = n_images, draws, seed
+        self.epoch, self.first_draw = 1, 0
+
+    def __len__(self):
+        return self.draws - self.first_draw
+
+    def __iter__(self):
+        rng = np.random.default_rng((self.seed, self.epoch))
+        rounds = -(-self.draws // self.n_images)
+        order = np.concatenate([rng.permutation(self.n_images) for _ in range(rounds)])
+        for draw in range(self.first_draw, self.draws):
+            yield int(order[draw]), self.epoch, draw
+
+
+class WholeImages(Dataset):
+    """The images of an ImageSet: (name, LR (n_colors, H, W) uint8, HR uint8 array (sH, sW, n_colors) or None)."""
+
+    def __init__(self, images, scale, n_colors=3):
+        if not images.pairs:
+            raise InputError(f"--data_test {images.name}: {images.root} holds no images")
+        self.name, self.benchmark = images.name, images.benchmark
+        self.names, self.paths = list(images.pairs), list(images.pairs.values())
+        self.scale, self.n_colors = scale, n_colors
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        hr_path, lr_path = self.paths[index]
+        lr = read_image(lr_path, self.n_colors)
+        hr = None
+        if hr_path is not None:
+            height, width = lr.shape[0] * self.scale, lr.shape[1] * self.scale
+            hr = read_image(hr_path, self.n_colors)[:height, :width]  # as long as it is not a multiple of the scale
+        return self.names[index], _to_tensor(lr), hr
+
+
+def _turn(patch, flip_rows, flip_columns, transpose):
+    if flip_rows:
+        patch = patch[::-1]
+    if flip_columns:
+        patch = patch[:, ::-1]
+    return patch.transpose(1, 0, 2) if transpose else patch
+
+
+def _to_tensor(image):
+    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))  # a copy: the cache is read-only

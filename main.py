@@ -1,0 +1,125 @@
+"""SMSR: Learning Sparse Masks for Efficient Image Super-Resolution (CVPR 2021). Train, test, run."""
+
+import functools
+import logging
+import sys
+
+import torch
+
+import option
+from data import build_test_sets, build_train_loader
+from data.image import write_png
+from loss import build_loss
+from model import build_model, read_weights
+from model.inference import chop, self_ensemble
+from trainer import Schedules, Trainer, build_optimizer, evaluate, table
+from utility import (
+    Experiment,
+    InputError,
+    logger,
+    pick_device,
+    read_options,
+    run_program,
+    seed_everything,
+    write_json,
+    write_options,
+)
+
+DTYPES = {"single": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
+
+
+def main(argv=None):
+    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO, force=True)
+    args = option.parse(argv)
+    if args.load:
+        stored = read_options(Experiment(args.load).folder / "options.json")
+        args = option.parse(argv, {**stored, "save": args.load})
+    seed_everything(args.seed)
+    return test(args) if args.test_only else train(args)
+
+
+def train(args):
+    experiment = Experiment(args.save)
+    state = experiment.load_checkpoint() if args.load else None
+    if state is None:
+        experiment.check_start(args.reset, keep=args.pre_train)
+    device = pick_device(args.device)
+    weights = state["model"] if state else read_weights(args.pre_train) if args.pre_train else None
+    model = make_model(args, weights).to(device, memory_format=torch.channels_last)
+    criterion = build_loss(
+        args.loss, args.n_colors, args.rgb_range, args.vgg_weights,
+        k=args.gan_k, lr=args.lr, betas=args.betas, eps=args.epsilon, weight_decay=args.weight_decay,
+    ).to(device)  # fmt: skip
+    optimizer = build_optimizer(
+        args.optimizer, model.parameters(), args.lr, args.betas, args.epsilon, args.momentum, args.weight_decay
+    )
+    test_sets = build_test_sets(args.data_test, args.dir_data, args.scale, args.data_range, args.n_colors)
+    loader = build_train_loader(
+        args.data_train, args.dir_data, args.scale, args.data_range, args.patch_size, not args.no_augment,
+        args.n_colors, args.ext, args.seed, args.batch_size, args.test_every, args.n_threads, device.type == "cuda",
+    )  # fmt: skip
+    if state is None:
+        experiment.start(args.reset)
+    experiment.log_to_file()
+    trainer = Trainer(
+        model, criterion, optimizer, loader, test_sets, experiment,
+        Schedules(args.lr, args.decay, args.gamma, args.tau_min, args.tau_epochs, args.lambda_sparsity,
+                  args.lambda_warmup),
+        args.rgb_range, args.gclip, args.split_batch, args.skip_threshold, args.print_every, args.save_models,
+    )  # fmt: skip
+    if state:
+        trainer.load_state(state)
+    if trainer.epoch > args.epochs:
+        raise InputError(f"--load {args.save}: has its {trainer.epoch - 1} epochs; ask for more with --epochs")
+    write_options(experiment.folder / "options.json", vars(args), option.defaults())
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    logger.info(f"{args.model} x{args.scale}, {n_parameters:,} parameters, {len(loader.dataset)} images, {device}")
+    if not trainer.fit(args.epochs):
+        logger.info(f"go on with: python main.py --load {args.save}")
+        return 130
+    return 0
+
+
+def test(args):
+    experiment = Experiment(args.save)
+    path = args.pre_train
+    if args.load:
+        path = experiment.weights_path({0: "best", -1: "latest"}.get(args.resume, args.resume))
+    if not path:
+        raise InputError("--test_only needs weights: give --pre_train FILE, or --load NAME for those of a run")
+    device = pick_device(args.device)
+    model = make_model(args, read_weights(path))
+    model = model.to(device, DTYPES[args.precision], memory_format=torch.channels_last)
+    run = model.inference
+    if args.chop:
+        run = functools.partial(chop, run, scale=args.scale, tile=args.chop_size)
+    if args.self_ensemble:
+        run = functools.partial(self_ensemble, run)
+    test_sets = build_test_sets(
+        args.data_test, args.dir_data, args.scale, args.data_range, args.n_colors, args.dir_demo
+    )
+    for images in test_sets:
+        folder = experiment.start_results(images.name, args.scale, args.reset)
+
+        def save(name, sr, folder=folder):
+            write_png(folder / f"{name}_x{args.scale}_SR.png", sr)
+
+        metrics = evaluate(model, images, run, args.rgb_range, save if args.save_results else None)
+        write_json(folder / "metrics.json", metrics)
+        write_options(folder / "options.json", vars(args), option.defaults())
+        for line in table(metrics):
+            logger.info(line)
+        logger.info(f"written to {folder}")
+    return 0
+
+
+def make_model(args, weights):
+    return build_model(
+        args.model, weights, scale=args.scale, n_colors=args.n_colors, rgb_range=args.rgb_range,
+        n_feats=args.n_feats, n_blocks=args.n_blocks, n_layers=args.n_layers,
+        n_resblocks=args.n_resblocks, res_scale=args.res_scale,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,90 @@
+"""The networks: build one by name, or from the weights in a file."""
+
+import inspect
+
+import torch
+
+from model.edsr import EDSR
+from model.smsr import SMSR
+from utility import InputError
+
+MODELS = {"SMSR": SMSR, "EDSR": EDSR}
+
+
+def build_model(name, state_dict=None, **sizes):
+    """Build the network `name`, with the weights of `state_dict` if there is one.
+
+    Args:
+        name: a key of MODELS
+        state_dict: weights as `read_weights` gives them; sizes that are not asked for are taken from their shapes
+        sizes: constructor arguments of the network; None stands for its default
+
+    Raises:
+        InputError: no such network; the weights are of another network, scale or size
+    """
+    if name not in MODELS:
+        raise InputError(f"--model {name}: no such model; there are {', '.join(MODELS)}")
+    network = MODELS[name]
+    sizes = {key: value for key, value in sizes.items() if value is not None}
+    for key in sizes.keys() - inspect.signature(network).parameters.keys():
+        raise InputError(f"--{key}: {name} has no such size; leave it out")
+    if state_dict is None:
+        return _construct(network, sizes)
+    state_dict = network.translate(state_dict)
+    try:
+        inferred = network.hyperparameters(state_dict)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise InputError(f"--pre_train: these are not weights of {name} ({error} is missing)") from None
+    differing = [key for key in inferred if sizes.get(key, inferred[key]) != inferred[key]]
+    if differing:
+        found = ", ".join(f"--{key} {inferred[key]} and not {sizes[key]}" for key in differing)
+        raise InputError(f"--pre_train: these weights are of {name} with {found}")
+    model = _construct(network, {**inferred, **sizes})
+    load_weights(model, state_dict)
+    return model
+
+
+def _construct(network, sizes):
+    try:
+        return network(**sizes)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def load_model(path, name="SMSR", **sizes):
+    """The network in a weights file, every size read from it, in eval mode on the CPU. Raises InputError."""
+    return build_model(name, read_weights(path), **sizes).eval()
+
+
+def load_weights(model, state_dict):
+    """Load all weights or none; InputError names every key and shape that does not fit."""
+    own = model.state_dict()
+    problems = [f"{key} is missing" for key in own if key not in state_dict]
+    problems += [f"{key} is unknown" for key in state_dict if key not in own]
+    problems += [
+        f"{key} is {tuple(state_dict[key].shape)} and not {tuple(own[key].shape)}"
+        for key in own
+        if key in state_dict and state_dict[key].shape != own[key].shape
+    ]
+    if problems:
+        raise InputError(f"the weights do not fit {type(model).__name__}: {'; '.join(problems)}")
+    model.load_state_dict(state_dict)
+
+
+def read_weights(path):
+    """A state dict (name -> tensor, on the CPU) from a file; never runs code that the file may hold.
+
+    Takes plain state dicts and the checkpoints of a run. Raises InputError if the file is anything else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such weights file") from None
+    except Exception as error:  # a broken file may raise nearly anything: pickle, zip, key and type errors
+        reason = "it holds code, not weights alone" if "Weights only load failed" in str(error) else "broken or cut off"
+        raise InputError(f"{path}: cannot be read as PyTorch weights ({reason})") from None
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise InputError(f"{path}: holds no state dict (name -> tensor)")
+    return content

@@ -1,0 +1,216 @@
+"""Every option, once: the parser, its checks, and presets. Nothing runs at import."""
+
+import argparse
+import math
+import os
+
+from utility import InputError
+
+# Sets of defaults by name (--template); what is given on the command line prevails.
+TEMPLATES = {
+    "SMSR": {"model": "SMSR"},
+    "EDSR_baseline": {"model": "EDSR", "lr": 1e-4},
+    "EDSR_paper": {"model": "EDSR", "lr": 1e-4, "n_resblocks": 32, "n_feats": 256, "res_scale": 0.1},
+    "GAN": {"epochs": 200, "lr": 5e-5, "decay": [150], "loss": "5*VGG54+0.15*GAN"},
+}
+
+
+# Options that say what to do this time, so that a run which goes on does not take them over from its start.
+OF_ONE_CALL = {"cpu", "device", "n_GPUs", "load", "pre_train", "reset", "resume", "template", "test_only", "precision",
+               "chop", "self_ensemble", "save_results"}  # fmt: skip
+PRECISIONS = ("single", "half", "bf16")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
+def parse(argv=None, stored=None):
+    """The options as a Namespace.
+
+    Args:
+        argv: command line; None: that of the program
+        stored: {name: value} of the run that is continued, which take the place of the defaults
+
+    Raises:
+        InputError: a value that is wrong, or options that contradict each other
+    """
+    parser = build_parser()
+    first = parser.parse_args(argv)
+    if first.template:
+        parser.set_defaults(**TEMPLATES[first.template])
+    if stored:
+        known = {action.dest for action in parser._actions}
+        parser.set_defaults(**{key: value for key, value in stored.items() if key in known - OF_ONE_CALL})
+    args = parser.parse_args(argv)
+    _check(args)
+    return args
+
+
+def defaults():
+    return vars(build_parser().parse_args([]))
+
+
+def build_parser():
+    parser = _Parser(
+        description="SMSR: train, test and run networks for efficient image super-resolution.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--template", choices=TEMPLATES, help="take the defaults of a preset")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--n_threads", type=count, default=min(4, os.cpu_count() or 1), help="processes that read data")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    group.add_argument("--cpu", action="store_true", help="the same as --device cpu")
+    group.add_argument("--n_GPUs", type=positive_int, help="ask for a GPU; this version runs on one")
+    group.add_argument("--seed", type=count, default=1, help="of all that is random")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dir_data", default="dataset", help="folder that holds the sets")
+    group.add_argument("--dir_demo", default="", help="your own images, a folder or a file, for --data_test demo")
+    group.add_argument("--data_train", type=names, default=["DIV2K"], help="sets to train on, such as DIV2K+Flickr2K")
+    group.add_argument(
+        "--data_test", type=names, default=["DIV2K"], help="sets to test on, such as Set5+Set14, or demo"
+    )
+    group.add_argument(
+        "--data_range", type=ranges, metavar="A-B/C-D",
+        help="images to train and to test on, counted from 1, except in benchmark sets "
+        "(DIV2K: 1-800/801-810, other sets: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--ext", choices=("img", "sep", "sep_reset", "bin"), default="sep",
+        help="training images: decode files each time; keep .npy files; make them anew; keep all in memory",
+    )  # fmt: skip
+    group.add_argument("--scale", type=positive_int, default=2, help="upscaling factor")
+    group.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels of a training patch")
+    group.add_argument("--rgb_range", type=positive_float, default=255, help="largest value of the network's input")
+    group.add_argument("--n_colors", type=int, choices=(1, 3), default=3, help="grey or RGB")
+    group.add_argument("--no_augment", action="store_true", help="no flips and turns")
+    group.add_argument("--chop", action="store_true", help="run in tiles, to need less memory")
+    group.add_argument("--chop_size", type=positive_int, default=256, help="low-resolution pixels of a tile's side")
+
+    group = parser.add_argument_group("model (sizes that are not given: those of --pre_train, else the network's own)")
+    group.add_argument("--model", default="SMSR", help="SMSR or EDSR")
+    group.add_argument("--pre_train", default="", help="weights to start from")
+    group.add_argument("--n_feats", type=positive_int, help="feature channels")
+    group.add_argument("--n_blocks", type=positive_int, help="sparse mask modules of SMSR")
+    group.add_argument("--n_layers", type=positive_int, help="sparse mask convolutions in each of them")
+    group.add_argument("--n_resblocks", type=positive_int, help="residual blocks of EDSR")
+    group.add_argument("--res_scale", type=positive_float, help="factor of EDSR's residual branches")
+    group.add_argument("--precision", choices=PRECISIONS, default="single", help="numbers of the network in a test")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--reset", action="store_true", help="delete what the run --save left before")
+    group.add_argument("--test_every", type=positive_int, default=1000, help="batches of an epoch")
+    group.add_argument("--epochs", type=positive_int, default=1000)
+    group.add_argument("--batch_size", type=positive_int, default=16)
+    group.add_argument("--split_batch", type=positive_int, default=1, help="run a batch in parts, to need less memory")
+    group.add_argument("--lr", type=positive_float, default=2e-4, help="learning rate")
+    group.add_argument("--decay", type=milestones, default=[200], help="epochs: N each N, or A-B-C at these")
+    group.add_argument("--gamma", type=positive_float, default=0.5, help="factor of each decay")
+    group.add_argument("--tau_min", type=positive_float, default=0.4, help="where the temperature ends; 1: none")
+    group.add_argument("--tau_epochs", type=positive_int, default=500, help="the temperature falls by 1/N an epoch")
+    group.add_argument("--lambda_sparsity", type=non_negative_float, default=0.1, help="weight of the sparsity loss")
+    group.add_argument("--lambda_warmup", type=count, default=50, help="epochs in which it grows from 0")
+    group.add_argument("--optimizer", default="ADAM", help="ADAM, SGD or RMSprop")
+    group.add_argument("--momentum", type=non_negative_float, default=0.9, help="of SGD")
+    group.add_argument("--betas", type=non_negative_float, nargs=2, default=[0.9, 0.999], help="of ADAM")
+    group.add_argument("--epsilon", type=positive_float, default=1e-8, help="of ADAM and RMSprop")
+    group.add_argument("--weight_decay", type=non_negative_float, default=0.0)
+    group.add_argument("--gclip", type=non_negative_float, default=0.0, help="bound of each gradient value; 0: none")
+    group.add_argument("--loss", default="1*L1", help="such as 1*L1+0.1*VGG54; L1 MSE VGG22 VGG54 GAN WGAN ...")
+    group.add_argument("--vgg_weights", help="file of torchvision's VGG19 weights")
+    group.add_argument("--gan_k", type=positive_int, default=1, help="steps of the discriminator a batch")
+    group.add_argument("--skip_threshold", type=positive_float, default=1e8,
+                       help="skip a batch whose loss is N times that of the last epoch")  # fmt: skip
+
+    group = parser.add_argument_group("testing")
+    group.add_argument("--test_only", action="store_true", help="test, do not train")
+    group.add_argument("--self_ensemble", action="store_true", help="mean over 8 flips and turns")
+    group.add_argument("--save_results", action="store_true", help="write the SR images")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--save", default="test", help="name of the run: experiment/NAME")
+    group.add_argument("--load", default="", help="run to go on with; its options are the defaults")
+    group.add_argument("--resume", type=int, default=0,
+                       help="with --load --test_only: 0 its best weights, -1 the latest, N of epoch N")  # fmt: skip
+    group.add_argument("--save_models", action="store_true", help="keep the weights of every epoch")
+    group.add_argument("--print_every", type=positive_int, default=10, help="batches between two looks at the loss")
+    return parser
+
+
+def _check(args):
+    if args.cpu:
+        if args.device not in ("auto", "cpu") or args.n_GPUs:
+            raise InputError("--cpu and a GPU are both asked for; leave one out")
+        args.device = "cpu"
+    if args.n_GPUs:
+        if args.n_GPUs > 1:
+            raise InputError(f"--n_GPUs {args.n_GPUs}: this version runs on one; leave the flag out")
+        if args.device == "auto":
+            args.device = "cuda"
+    if args.resume and not (args.load and args.test_only):
+        raise InputError("--resume chooses weights for --load NAME --test_only; training goes on with --load alone")
+    if args.load and args.reset:
+        raise InputError("--load goes on with a run and --reset deletes it; leave one out")
+    if args.load and args.pre_train:
+        raise InputError("--load brings its own weights; leave --pre_train out")
+    if not args.test_only:
+        if args.precision != "single":
+            raise InputError(f"--precision {args.precision} is for --test_only; training runs in single precision")
+        if "demo" in args.data_test:
+            raise InputError("--data_test demo has no HR images to measure a training by; add --test_only")
+    if args.chop and args.chop_size <= 32:
+        raise InputError(f"--chop_size {args.chop_size}: tiles overlap by 16 pixels and must be larger than 32")
+
+
+# ---- types of values -------------------------------------------------------------------------------------------------
+
+
+def positive_int(text):
+    return _number(text, int, lambda value: value > 0, "a whole number of 1 or more")
+
+
+def count(text):
+    return _number(text, int, lambda value: value >= 0, "a whole number of 0 or more")
+
+
+def positive_float(text):
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def non_negative_float(text):
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of 0 or more")
+
+
+def names(text):
+    found = text.split("+")
+    if not all(found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of sets such as Set5+Set14")
+    return found
+
+
+def milestones(text):
+    return [positive_int(part) for part in text.split("-")]
+
+
+def ranges(text):
+    parts = text.split("/")
+    if len(parts) == 1:  # the same images for both, as in EDSR
+        parts *= 2
+    spans = [[positive_int(number) for number in part.split("-")] for part in parts]
+    if len(spans) != 2 or any(len(span) != 2 or span[0] > span[1] for span in spans):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1-800/801-810")
+    return spans
+
+
+def _number(text, kind, accepted, wanted):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accepted(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value

@@ -1,0 +1,284 @@
+"""What every part leans on: errors, logging, random states, metrics, and the folder of an experiment."""
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from skimage.metrics import structural_similarity
+
+logger = logging.getLogger("smsr")
+
+
+class InputError(Exception):
+    """A user's mistake, told in one line: the file or flag, what was found, what to do."""
+
+    def __str__(self):
+        # A data loader's worker hands its error on with the whole traceback in front of the message.
+        return super().__str__().strip().rpartition("InputError: ")[2]
+
+
+def run_program(main):
+    """Run `main()` and exit with what it returns; a user's mistake is one line and exit code 2."""
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- devices and random states ---------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', 'mps' -> torch.device. Raises InputError."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        logger.info("no GPU found: running on the CPU")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: there is no such device here; use --device cpu or auto") from None
+    return device
+
+
+def synchronize(device):
+    """Wait until the device has done all it was given, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_state():
+    """The states of the generators that training draws from, as plain tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state.get("cuda", [])) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def quantize(image, rgb_range):
+    """Image (C, H, W) in 0...rgb_range -> uint8 array (H, W, C), clamped and rounded."""
+    image = (image.float() * (255 / rgb_range)).clamp(0, 255).round()
+    return image.byte().permute(1, 2, 0).cpu().numpy()
+
+
+def luma(image):
+    """Y of BT.601 YCbCr, 16...235, as float64 (H, W), of a uint8 image (H, W, 3); (H, W, 1) is luma already."""
+    if image.shape[2] == 1:
+        return image[..., 0].astype(np.float64)
+    return image @ np.array([65.738, 129.057, 25.064]) / 256 + 16
+
+
+def shave(image, border):
+    """Cut `border` pixels from each side of an image (H, W) or (H, W, C)."""
+    height, width = image.shape[:2]
+    return image[border : height - border, border : width - border]
+
+
+def psnr(image, reference):
+    """Peak signal-to-noise ratio in dB, peak 255; inf if the images are identical, nan if they are empty."""
+    difference = image.astype(np.float64) - reference
+    if not difference.size:
+        return math.nan
+    mse = np.mean(difference**2)
+    return math.inf if mse == 0 else float(10 * np.log10(255**2 / mse))
+
+
+def ssim(image, reference):
+    """Structural similarity of two images (H, W) in 0...255 (Wang et al. 2004); nan below 11 pixels a side."""
+    if min(image.shape) < 11:
+        return math.nan
+    return float(
+        structural_similarity(
+            image, reference, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+    )
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_whole(path, content):
+    """Write bytes beside `path`, then rename: whoever looks finds the old file or the new one, whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_whole(path, (json.dumps(_strict(value), indent=1) + "\n").encode())
+
+
+def _strict(value):
+    """JSON has no inf and no nan: they become "inf" and null."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def save_torch(path, value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+class Experiment:
+    """The folder of a run, experiment/<name>:
+
+    options.json              what it was started with
+    log.txt, log.csv          what was said; one line of numbers an epoch
+    loss.png, psnr.png, active_share.png
+    checkpoint.pt             all that is needed to continue
+    model/                    weights alone: model_latest.pt, model_best.pt, model_<epoch>.pt
+    results-<set>-x<scale>/   of a test
+    """
+
+    def __init__(self, name, root="experiment"):
+        if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
+            raise InputError(f"--save {name!r}: a run is named by letters, digits and . _ + -")
+        self.name = name
+        self.folder = Path(root) / name
+
+    def check_start(self, reset, keep=""):
+        """InputError where `start` would overwrite a run, or delete the file `keep` with it."""
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return
+        if not reset:
+            raise InputError(
+                f"--save {self.name}: {self.folder} holds a run already; --load {self.name} goes on with it, "
+                f"--reset deletes it, another --save leaves it alone"
+            )
+        if keep and self.folder.resolve() in Path(keep).resolve().parents:
+            raise InputError(f"--reset would delete {keep}, which --pre_train asks for; choose another --save")
+
+    def start(self, reset=False):
+        """Make the folder, empty. Raises InputError if there is something in it, unless `reset`."""
+        self.check_start(reset)
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+
+    def start_results(self, set_name, scale, reset=False):
+        """The folder of a test; empty on `reset`."""
+        folder = self.folder / f"results-{set_name}-x{scale}"
+        if reset and folder.is_dir():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def log_to_file(self):
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()
+        handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+
+    def weights_path(self, which):
+        """`which`: 'best', 'latest' or an epoch."""
+        return self.folder / "model" / f"model_{which}.pt"
+
+    def save_weights(self, which, state_dict):
+        save_torch(self.weights_path(which), state_dict)
+
+    def save_checkpoint(self, state):
+        save_torch(self.folder / "checkpoint.pt", state)
+
+    def load_checkpoint(self):
+        path = self.folder / "checkpoint.pt"
+        if not path.is_file():
+            raise InputError(f"--load {self.name}: there is no {path}, so no run to continue; start one with --save")
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # a broken file may raise nearly anything
+            raise InputError(f"--load {self.name}: {path} is broken; start anew with --reset") from None
+
+    def write_history(self, history):
+        """log.csv and the curves, from one dict of numbers an epoch."""
+        columns = list(dict.fromkeys(key for row in history for key in row))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in history)
+        write_whole(self.folder / "log.csv", text.getvalue().encode())
+        for file, label, chosen in (
+            ("loss.png", "loss", [key for key in columns if key.startswith("loss")]),
+            ("psnr.png", "PSNR (dB)", [key for key in columns if key.startswith("psnr")]),
+            ("active_share.png", "active share", ["active"]),
+        ):
+            write_whole(self.folder / file, _curves(history, chosen, label))
+
+
+def _curves(history, columns, label):
+    from matplotlib.figure import Figure  # no pyplot: no window system is touched
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel=label)
+    for column in columns:
+        points = [(row["epoch"], row[column]) for row in history if math.isfinite(row.get(column, math.nan))]
+        axes.plot(*zip(*points, strict=True) if points else ((), ()), marker=".", label=column)
+    axes.grid(alpha=0.3)
+    if len(columns) > 1:
+        axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()
+
+
+def write_options(path, options, defaults):
+    """What a run was started with, what of it differs from the defaults, and the versions it ran on."""
+    changed = {key: value for key, value in options.items() if value != defaults[key]}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    write_json(path, {"changed": changed, "options": options, "versions": versions})
+
+
+def read_options(path):
+    """The options that `write_options` wrote; an empty dict if there is no such file. Raises InputError if broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))["options"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError):
+        raise InputError(f"{path}: is no options file of a run; delete it and give the options anew") from None
