@@ -8,7 +8,8 @@ import torch.nn.functional as F
 def downscale(image, scale):
     """uint8 (H, W, C), H and W multiples of the whole number `scale` -> uint8 (H / scale, W / scale, C).
 
-    Rows first, rounded to 8 bits, then columns, as imresize on a uint8 image; the border is mirrored.
+    Down the columns first, rounded to 8 bits, then along the rows, as imresize on a uint8 image; the border is
+    mirrored. Halves are rounded up as MATLAB does, which at x2, where the weights are dyadic, is a pixel in a hundred.
 
     Raises ValueError if a side is no multiple of the scale.
     """
@@ -27,7 +28,7 @@ def _downscale_axis(image, scale, axis):
     size = list(padded.shape[2:])
     size[axis] //= scale
     resized = F.interpolate(padded, size, mode="bicubic", antialias=True, align_corners=False)[0]
-    resized = resized.clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
+    resized = (resized.clamp(0, 255) + 0.5).floor().byte().permute(1, 2, 0).numpy()
     kept = slice(margin, -margin)
     return resized[kept] if axis == 0 else resized[:, kept]
 

@@ -117,7 +117,7 @@ class LayerPlan:
         neighbours = torch.tensor([dy * line + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)], device=f.device)
         source, target = f.view(-1, channels), out.view(-1, channels)
         for chunk in rows.split(ROWS):
-            gathered = source[(chunk[:, None] + neighbours).flatten()].view(len(chunk), -1)  # (M, 9C)
+            gathered = source[(chunk[:, None] + neighbours).flatten()].view(-1, 9 * channels)
             target[chunk] = F.relu(gathered @ self.full)  # (M, 9C) @ (9C, C) -> (M, C)
         return out
 

@@ -1,0 +1,51 @@
+"""Fixtures: small networks, small sets of images on the disk, and the reference data where it is at hand."""
+
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from data.resize import downscale
+from model.smsr import SMSR
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def shared():
+    """The folder with Set5, training photographs and the published x2 weights."""
+    if not (SHARED / "reference").is_dir():
+        pytest.skip(f"needs the reference data in {SHARED}")
+    return SHARED
+
+
+@pytest.fixture
+def tiny():
+    """An SMSR small enough to train in a test."""
+    return SMSR(scale=2, n_feats=8, n_blocks=2, n_layers=2)
+
+
+@pytest.fixture
+def make_set(tmp_path):
+    """Write a paired set of smooth random images and return the folder to use as --dir_data."""
+
+    def make(name="Tiny", count=3, size=(40, 48), scale=2, lr_suffix="", benchmark=False):
+        rng = np.random.default_rng(0)
+        root = tmp_path / "data" / ("benchmark" if benchmark else ".") / name
+        (root / "HR").mkdir(parents=True)
+        (root / f"LR_bicubic/X{scale}").mkdir(parents=True)
+        for index in range(count):
+            coarse = rng.integers(0, 256, (size[0] // 8 + 1, size[1] // 8 + 1, 3), dtype=np.uint8)
+            hr = np.kron(coarse, np.ones((8, 8, 1), np.uint8))[: size[0], : size[1]]
+            iio.imwrite(root / f"HR/img{index}.png", hr)
+            iio.imwrite(root / f"LR_bicubic/X{scale}/img{index}{lr_suffix}.png", downscale(hr, scale))
+        return tmp_path / "data"
+
+    return make

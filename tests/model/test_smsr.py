@@ -1,0 +1,119 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from loss.sparsity import active_share
+from model.smsr import SMM, SMSR, gumbel_softmax
+
+MEAN_SHIFTS = 24  # weights of the two fixed convolutions that the published count includes
+
+
+@pytest.mark.parametrize(("scale", "published"), [(2, 987_330), (3, 995_985), (4, 1_008_102)])
+def test_parameter_count_is_the_published_one(scale, published):
+    assert sum(p.numel() for p in SMSR(scale).parameters()) + MEAN_SHIFTS == published
+
+
+@pytest.mark.parametrize(("scale", "gmacs"), [(2, 224.1), (3, 100.5), (4, 57.2)])
+def test_dense_macs_at_720p_are_those_of_the_paper(scale, gmacs):
+    _, work = SMSR(scale).eval().inference(torch.rand(1, 3, 8, 8))
+    at_720p = work.macs_dense / work.pixels * (1280 // scale) * (720 // scale) / 1e9
+    assert at_720p == pytest.approx(gmacs, rel=0.01)
+
+
+def test_dense_macs_per_pixel_at_x2():
+    _, work = SMSR(2).eval().inference(torch.rand(1, 3, 6, 4))
+    assert work.macs_dense == 971_368 * 24
+
+
+def four_branches(block, x, m, c):
+    """The layers of an SMM as the paper draws them: dense or sparse channels to dense or sparse channels."""
+    outputs, f, dense_in = [], x, None
+    for layer, conv in enumerate(block.convs):
+        dense_out = c[:, :, layer, None, None]
+        if layer == 0:
+            everything = conv(f)
+            f = everything * dense_out + everything * (1 - dense_out) * m
+        else:
+            from_dense, from_sparse = conv(f * dense_in), conv(f * (1 - dense_in))
+            dense_to_dense = from_dense * dense_out
+            dense_to_sparse = from_dense * (1 - dense_out) * m
+            sparse_to_dense = from_sparse * dense_out * m
+            sparse_to_sparse = from_sparse * (1 - dense_out) * m
+            f = dense_to_dense + dense_to_sparse + sparse_to_dense + sparse_to_sparse
+        f = F.relu(f)
+        dense_in = dense_out
+        outputs.append(f)
+    return x + block.attention(block.collect(torch.cat(outputs, 1)))
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 4])
+@pytest.mark.parametrize("hard", [False, True])
+def test_smm_equals_the_four_branch_form(n_layers, hard):
+    block = SMM(16, n_layers).double()
+    x = torch.randn(2, 16, 6, 8, dtype=torch.float64)
+    m, c = torch.rand(2, 1, 6, 8).double(), torch.rand(1, 16, n_layers).double()
+    if hard:
+        m, c = m.round(), c.round()
+    torch.testing.assert_close(block(x, m, c), four_branches(block, x, m, c))
+
+
+def test_gumbel_softmax_samples_the_categories_with_their_probabilities():
+    logits = torch.tensor([0.0, 1.0, 2.0]).repeat(20_000, 1)
+    frequency = gumbel_softmax(logits, tau=0.1, dim=1).argmax(1).bincount(minlength=3) / len(logits)
+    torch.testing.assert_close(frequency, F.softmax(logits[0], 0), atol=0.02, rtol=0)
+
+
+def test_gumbel_softmax_is_nearer_to_one_hot_the_colder_it_is():
+    logits = torch.zeros(1000, 2)
+    warm, cold = (gumbel_softmax(logits, tau, dim=1).max(1).values.mean() for tau in (1.0, 0.1))
+    assert warm < cold - 0.1
+    torch.testing.assert_close(gumbel_softmax(logits, 0.4, dim=1).sum(1), torch.ones(1000))
+
+
+@pytest.mark.parametrize("drawn", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gumbel_noise_is_finite_at_both_ends(monkeypatch, drawn, dtype):
+    monkeypatch.setattr(torch, "rand", lambda shape, **kwargs: torch.full(shape, drawn))
+    logits = torch.zeros(3, 2, dtype=dtype, requires_grad=True)
+    sample = gumbel_softmax(logits, 0.4, dim=1)
+    sample[:, 0].sum().backward()
+    assert sample.dtype == dtype
+    assert sample.isfinite().all()
+    assert logits.grad.isfinite().all()
+
+
+def test_training_reaches_every_parameter():
+    model = SMSR(2, n_blocks=2, n_layers=2)
+    sr, masks = model.training_forward(torch.rand(2, 3, 8, 8) * 255, tau=0.7)
+    (F.l1_loss(sr, torch.rand_like(sr) * 255) + 0.1 * active_share(masks)).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert [tuple(m.shape) for m, _ in masks] == [(2, 1, 8, 8)] * 2
+    assert [tuple(c.shape) for _, c in masks] == [(1, 64, 2)] * 2
+    assert all(0 <= mask.min() and mask.max() <= 1 for pair in masks for mask in pair)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 2), (7, 9)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+def test_any_size_is_upscaled(size, training, scale):
+    model = SMSR(scale, n_feats=8, n_blocks=1, n_layers=2).train(training)
+    assert model(torch.rand(2, 3, *size)).shape == (2, 3, scale * size[0], scale * size[1])
+
+
+def test_grey_images():
+    model = SMSR(2, n_feats=8, n_blocks=1, n_layers=2, n_colors=1, rgb_range=1).eval()
+    assert model(torch.rand(1, 1, 4, 4)).shape == (1, 1, 8, 8)
+
+
+def test_layers_use_the_channel_mask_of_the_layer_before():
+    """A sparse output channel of layer 1 is not read by layer 2 outside the mask."""
+    block = SMM(4, 2)
+    x, m = torch.rand(1, 4, 4, 4), torch.zeros(1, 1, 4, 4)
+    c = torch.ones(1, 4, 2)
+    c[:, 0, 0] = 0  # channel 0 of layer 1 is sparse
+    before = block(x, m, c)
+    with torch.no_grad():
+        block.convs[1].weight[:, 0] += 1
+    torch.testing.assert_close(block(x, m, c), before)
+    c[:, 0, 0] = 1
+    assert not torch.allclose(block(x, m, c), before)
