@@ -1,5 +1,7 @@
 """Read image files of any kind as 8-bit grey or RGB."""
 
+import contextlib
+
 import imageio.v3 as iio
 import numpy as np
 
@@ -20,10 +22,10 @@ def read_image(path, n_colors=3):
         if mode in ("I", "F"):
             raise InputError(f"{path}: has 32 bits a pixel; save it with 8 or 16")
         if mode.startswith("I;16"):
-            image = _decode(path, file, rotate=True)
+            image = file.read(index=0, rotate=True)
             image = np.round(image / 257).astype(np.uint8)  # 65535 -> 255
             return np.repeat(image[..., None], n_colors, 2)
-        image = _decode(path, file, mode="L" if n_colors == 1 else "RGB", rotate=True)
+        image = file.read(index=0, mode="L" if n_colors == 1 else "RGB", rotate=True)
     return np.ascontiguousarray(image.reshape(*image.shape[:2], n_colors))
 
 
@@ -56,17 +58,15 @@ def list_images(folder):
     return images
 
 
+@contextlib.contextmanager
 def _open(path):
     try:
-        return iio.imopen(path, "r", plugin="pillow")
+        with iio.imopen(path, "r", plugin="pillow") as file:
+            yield file
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except Exception:  # decoders raise nearly anything on a broken file
-        raise InputError(f"{path}: is no image, or is cut off; remove or replace it") from None
-
-
-def _decode(path, file, **how):
-    try:
-        return file.read(index=0, **how)
-    except Exception as error:
-        raise InputError(f"{path}: cannot be decoded ({error}); remove or replace it") from None
+    except Exception as error:  # decoders raise nearly anything on a broken file
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: is no image, or broken or cut off ({reason}); remove or replace it") from None

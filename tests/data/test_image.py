@@ -1,0 +1,93 @@
+import cv2
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.image import image_size, list_images, read_image, write_png
+from utility import InputError
+
+
+@pytest.fixture
+def rgb():
+    return np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp", "tif", "ppm", "gif"])
+def test_lossless_kinds_are_read_exactly(tmp_path, ending):
+    image = np.full((6, 9, 3), (10, 200, 30), np.uint8)
+    Image.fromarray(image).save(tmp_path / f"a.{ending}")
+    assert np.array_equal(read_image(tmp_path / f"a.{ending}"), image)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("n_colors", [1, 3])
+def test_every_mode_comes_out_as_8_bit(tmp_path, mode, n_colors):
+    grey = np.full((6, 9), 255, np.uint8)
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    if mode == "I;16":
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    else:
+        Image.fromarray(grey).convert("RGB").convert(mode).save(path)
+    image = read_image(path, n_colors)
+    assert image.shape == (6, 9, n_colors)
+    assert image.dtype == np.uint8
+    assert (image >= 254).all()
+
+
+def test_sixteen_bits_are_rounded_to_eight(tmp_path):
+    values = np.array([[0, 128, 129, 256, 32768, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    assert read_image(tmp_path / "grey.png", 1)[..., 0].tolist() == [[0, 0, 1, 1, 128, 255]]
+    cv2.imwrite(str(tmp_path / "rgb.png"), np.full((4, 4, 3), 65535, np.uint16))
+    assert (read_image(tmp_path / "rgb.png") == 255).all()
+
+
+def test_alpha_is_dropped(tmp_path, rgb):
+    Image.fromarray(np.dstack([rgb, np.zeros((6, 9), np.uint8)])).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png"), rgb)
+
+
+def test_exif_rotation_is_applied(tmp_path, rgb):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(rgb).save(tmp_path / "a.png", exif=exif)
+    image = read_image(tmp_path / "a.png")
+    assert image.shape == (9, 6, 3)
+    assert image_size(tmp_path / "a.png") == (9, 6)
+    assert np.array_equal(image, np.rot90(rgb, -1))
+
+
+def test_size_without_rotation(tmp_path, rgb):
+    iio.imwrite(tmp_path / "a.png", rgb)
+    assert image_size(tmp_path / "a.png") == (6, 9)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path, rgb):
+    (tmp_path / "text.png").write_text("no image")
+    iio.imwrite(tmp_path / "cut.png", np.kron(rgb, np.ones((50, 50, 1), np.uint8)))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-300])
+    (tmp_path / "empty.png").write_bytes(b"")
+    Image.fromarray(np.zeros((4, 4), np.int32)).save(tmp_path / "deep.tif")
+    for name in ("text.png", "cut.png", "empty.png", "deep.tif", "absent.png"):
+        with pytest.raises(InputError, match=name) as error:
+            read_image(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_round_trip(tmp_path, rgb, channels):
+    write_png(tmp_path / "a.png", rgb[..., :channels])
+    assert np.array_equal(read_image(tmp_path / "a.png", channels), rgb[..., :channels])
+
+
+def test_images_are_listed_by_name_and_nothing_else_is(tmp_path, rgb):
+    for name in ("b.png", "a.JPG", ".hidden.png"):
+        iio.imwrite(tmp_path / name, rgb)
+    (tmp_path / "notes.txt").write_text("")
+    assert list(list_images(tmp_path)) == ["a", "b"]
+    iio.imwrite(tmp_path / "a.png", rgb)
+    with pytest.raises(InputError, match="has the name of"):
+        list_images(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        list_images(tmp_path / "absent")

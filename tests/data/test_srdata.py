@@ -1,0 +1,131 @@
+import pickle
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from data import build_train_loader, find_set
+from data.srdata import EpochSampler, Patches
+from utility import InputError
+
+
+def patches_of(root, **options):
+    options = {"patch_size": 8, "ext": "img", "augment": False} | options
+    return Patches([find_set("Tiny", root, 2)], 2, **options)
+
+
+def write_coordinates(root):
+    """Images whose pixels tell where they are: red the row, green the column, of the low-resolution pixel."""
+    for hr in (root / "Tiny/HR").iterdir():
+        height, width = iio.imread(hr).shape[:2]
+        rows, columns = np.mgrid[: height // 2, : width // 2].astype(np.uint8)
+        lr = np.dstack([rows, columns, np.zeros_like(rows)])
+        iio.imwrite(root / "Tiny/LR_bicubic/X2" / hr.name, lr)
+        iio.imwrite(hr, lr.repeat(2, 0).repeat(2, 1))
+
+
+def test_patches_of_both_show_the_same_place(make_set):
+    root = make_set()
+    write_coordinates(root)
+    patches = patches_of(root, augment=True)
+    for draw in range(50):
+        lr, hr = patches[draw % 3, 1, draw]
+        assert lr.shape == (3, 8, 8)
+        assert torch.equal(hr, lr.repeat_interleave(2, 1).repeat_interleave(2, 2))
+
+
+def test_patches_reach_every_row_and_column(make_set):
+    root = make_set(count=1, size=(40, 48))
+    write_coordinates(root)
+    patches = patches_of(root)
+    corners = [patches[0, 1, draw][0][:2, 0, 0].tolist() for draw in range(600)]
+    tops, lefts = zip(*corners, strict=True)
+    assert set(tops) == set(range(20 - 8 + 1))
+    assert set(lefts) == set(range(24 - 8 + 1))
+
+
+def test_augmentation_reaches_all_eight_orientations_and_no_other(make_set):
+    root = make_set(count=1, size=(16, 16))
+    write_coordinates(root)
+    patches = patches_of(root, augment=True)
+    plain = patches_of(root)[0, 1, 0][0]
+    allowed = {
+        image.rot90(turns, (1, 2)).contiguous().numpy().tobytes()
+        for image in (plain, plain.flip(1))
+        for turns in range(4)
+    }
+    seen = {patches[0, 1, draw][0].numpy().tobytes() for draw in range(200)}
+    assert seen == allowed
+
+
+def test_an_image_as_large_as_a_patch_is_enough_and_a_smaller_one_is_named(make_set):
+    root = make_set(size=(40, 48))
+    assert patches_of(root, patch_size=20)[0, 1, 0][0].shape == (3, 20, 20)
+    with pytest.raises(InputError, match=r"img0\.png: 20x24 .* --patch_size 21"):
+        patches_of(root, patch_size=21)
+
+
+def test_an_epoch_shows_all_images_equally_often_in_an_order_of_its_own():
+    sampler = EpochSampler(n_images=7, draws=21, seed=3)
+    first = list(sampler)
+    assert sorted(image for image, _, _ in first) == sorted([*range(7)] * 3)
+    assert [draw for _, _, draw in first] == list(range(21))
+    sampler.epoch = 2
+    assert [key[0] for key in sampler] != [key[0] for key in first]
+    sampler.epoch, sampler.first_draw = 1, 8
+    assert list(sampler) == first[8:]
+    assert len(sampler) == 13
+
+
+def batches(root, n_threads, seed=1, epoch=1):
+    loader = build_train_loader(
+        ["Tiny"], root, 2, patch_size=8, ext="img", batch_size=2, iterations=4, n_threads=n_threads, seed=seed
+    )
+    loader.sampler.epoch = epoch
+    return torch.cat([lr for lr, _ in loader])
+
+
+def test_what_is_drawn_depends_on_seed_and_epoch_and_not_on_the_workers(make_set):
+    root = make_set()
+    drawn = batches(root, n_threads=0)
+    assert torch.equal(batches(root, n_threads=2), drawn)
+    assert not torch.equal(batches(root, n_threads=0, seed=2), drawn)
+    assert not torch.equal(batches(root, n_threads=0, epoch=2), drawn)
+    assert len({patch.numpy().tobytes() for patch in drawn}) > 4  # patches differ within an epoch
+
+
+def test_loading_leaves_the_global_random_state_alone(make_set):
+    root = make_set()
+    before = torch.get_rng_state()
+    batches(root, n_threads=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("ext", ["img", "sep", "bin"])
+def test_a_loader_can_be_sent_to_a_spawned_worker(make_set, ext):
+    loader = build_train_loader(["Tiny"], make_set(), 2, patch_size=8, ext=ext, n_threads=1)
+    dataset, init = pickle.loads(pickle.dumps((loader.dataset, loader.worker_init_fn)))
+    assert torch.equal(dataset[1, 1, 5][0], loader.dataset[1, 1, 5][0])
+    assert callable(init)
+
+
+def test_an_error_in_a_worker_stays_one_line(make_set):
+    root = make_set()
+    loader = build_train_loader(["Tiny"], root, 2, patch_size=8, ext="img", batch_size=2, iterations=4, n_threads=1)
+    for path in (root / "Tiny/LR_bicubic/X2").iterdir():
+        path.write_text("broken")
+    with pytest.raises(InputError) as error:
+        list(loader)
+    assert "\n" not in str(error.value)
+    assert "is no image" in str(error.value)
+
+
+def test_several_sets_are_joined_and_none_is_an_error(make_set):
+    make_set(count=2)
+    root = make_set("Other", count=3)
+    loader = build_train_loader(["Tiny", "Other"], root, 2, patch_size=8, ext="img", n_threads=0)
+    assert len(loader.dataset) == 5
+    make_set("Empty", count=0)
+    with pytest.raises(InputError, match="holds no images"):
+        build_train_loader(["Empty"], root, 2, patch_size=8)
