@@ -109,6 +109,8 @@ def test(args):
         write_options(folder / "options.json", vars(args), option.defaults())
         for line in table(metrics):
             logger.info(line)
+        if images.name == "demo":
+            logger.info("no HR images to compare with: PSNR and SSIM are left out")
         logger.info(f"written to {folder}")
     return 0
 

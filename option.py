@@ -21,7 +21,9 @@ OF_ONE_CALL = {"cpu", "device", "n_GPUs", "load", "pre_train", "reset", "resume"
 PRECISIONS = ("single", "half", "bf16")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are one line, an InputError."""
+
     def error(self, message):
         raise InputError(f"{message}; see --help")
 
@@ -53,7 +55,7 @@ def defaults():
 
 
 def build_parser():
-    parser = _Parser(
+    parser = Parser(
         description="SMSR: train, test and run networks for efficient image super-resolution.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,

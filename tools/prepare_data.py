@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.image import image_size, list_images, read_image
 from data.resize import crop_to_multiple, downscale
-from option import positive_int
+from option import Parser, positive_int
 from utility import InputError, run_program, write_whole
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("train", "benchmark"), help="a set to train on, or one to measure on")
     parser.add_argument("--hr", type=Path, nargs="+", required=True, help="folders of HR images of any kind")
     parser.add_argument("--name", required=True, help="of the set")

@@ -1,0 +1,240 @@
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from main import main
+from trainer import compare
+from utility import InputError, quantize
+
+ROOT = Path(__file__).resolve().parents[1]
+MAIN = [sys.executable, str(ROOT / "main.py")]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, make_set, tiny):
+    """A folder to run in: data/Tiny, data/benchmark/Tiny2 and weights.pt."""
+    monkeypatch.chdir(tmp_path)
+    make_set("Tiny", count=4)
+    make_set("Tiny2", count=2, benchmark=True)
+    torch.save(tiny.state_dict(), tmp_path / "weights.pt")
+    return tmp_path
+
+
+TRAIN = (
+    "--dir_data data --data_train Tiny --data_test Tiny+Tiny2 --data_range 1-3/4-4 --n_feats 8 --n_blocks 2 "
+    "--n_layers 2 --patch_size 8 --batch_size 2 --test_every 2 --n_threads 0 --save run"
+)
+TEST = "--dir_data data --data_test Tiny2 --pre_train weights.pt --test_only --save check"
+
+
+def run(line):
+    return main(line.split())
+
+
+def test_train_then_go_on_then_test(folder, capsys):
+    assert run(f"{TRAIN} --epochs 2") == 0
+    experiment = folder / "experiment/run"
+    options = json.loads((experiment / "options.json").read_text())
+    assert options["changed"]["n_feats"] == 8
+    assert "lr" not in options["changed"]
+    assert len((experiment / "log.csv").read_text().splitlines()) == 3
+
+    with pytest.raises(InputError, match="--load run goes on"):
+        run(f"{TRAIN} --epochs 2")
+    with pytest.raises(InputError, match="has its 2 epochs"):
+        run("--load run")
+    assert run("--load run --epochs 3") == 0
+    assert len((experiment / "log.csv").read_text().splitlines()) == 4
+
+    for resume, which in ((0, "best"), (-1, "latest")):
+        assert run(f"--load run --test_only --data_test Tiny2 --resume {resume}") == 0
+        metrics = json.loads((experiment / "results-Tiny2-x2/metrics.json").read_text())
+        path = experiment / f"model/model_{which}.pt"
+        assert run(f"{TEST} --pre_train {path}") == 0
+        same = json.loads(Path("experiment/check/results-Tiny2-x2/metrics.json").read_text())
+        assert metrics["psnr_y"] == same["psnr_y"]
+    with pytest.raises(InputError, match=r"model_7\.pt: no such"):
+        run("--load run --test_only --resume 7")
+
+
+def test_going_on_by_command_line_is_exact(folder):
+    run(f"{TRAIN} --epochs 2")
+    shutil.move("experiment/run", "experiment/whole")
+    run(f"{TRAIN} --epochs 1")
+    run(f"{TRAIN.replace('--save', '--load')} --epochs 2")
+    ours, whole = (
+        torch.load(f"experiment/{name}/model/model_latest.pt", weights_only=True) for name in ("run", "whole")
+    )
+    assert all(torch.equal(ours[key], whole[key]) for key in whole)
+
+
+def test_test_writes_images_metrics_and_a_table(folder, capsys):
+    assert run(f"{TEST} --save_results") == 0
+    results = folder / "experiment/check/results-Tiny2-x2"
+    assert {path.name for path in results.iterdir()} == {
+        "img0_x2_SR.png", "img1_x2_SR.png", "metrics.json", "options.json",
+    }  # fmt: skip
+    metrics = json.loads((results / "metrics.json").read_text())
+    assert metrics["n_images"] == 2
+    assert iio.imread(results / "img0_x2_SR.png").shape == (40, 48, 3)
+    printed = capsys.readouterr().out
+    assert "img1" in printed
+    assert f"{metrics['psnr_y']:.2f}" in printed
+
+
+def test_self_ensemble_and_chop(folder):
+    run(f"{TEST} --save_results")
+    plain = iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png").astype(int)
+    for flags in ("--self_ensemble", "--chop --chop_size 40", "--self_ensemble --chop --precision bf16"):
+        run(f"{TEST} --save_results --reset {flags}")
+        other = iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png")
+        assert np.abs(plain - other).mean() < 8
+
+
+def test_demo_writes_images_and_says_that_it_does_not_measure(folder, capsys):
+    (folder / "photos").mkdir()
+    shutil.copy("data/Tiny/LR_bicubic/X2/img0.png", "photos/own.png")
+    run("--data_test demo --dir_demo photos --pre_train weights.pt --test_only --save_results --save check")
+    assert iio.imread("experiment/check/results-demo-x2/own_x2_SR.png").shape == (40, 48, 3)
+    assert "no HR images" in capsys.readouterr().out
+    assert json.loads(Path("experiment/check/results-demo-x2/metrics.json").read_text())["psnr_y"] is None
+
+
+def test_weights_survive_a_reset_of_results(folder):
+    run(f"{TRAIN} --epochs 1")
+    weights = "experiment/run/model/model_best.pt"
+    run(f"{TEST} --save run --pre_train {weights} --reset")
+    assert Path(weights).exists()
+    with pytest.raises(InputError, match="--reset would delete"):
+        run(f"{TRAIN} --pre_train {weights} --reset")
+    assert Path(weights).exists()
+
+
+def test_training_starts_from_other_weights(folder, tiny):
+    run(f"{TRAIN} --epochs 1 --pre_train weights.pt --lr 1e-12 --lambda_warmup 9")
+    trained = torch.load("experiment/run/model/model_latest.pt", weights_only=True)
+    assert all((trained[key] - value).abs().max() < 1e-6 for key, value in tiny.state_dict().items())
+
+
+def test_edsr_trains_too(folder):
+    run(TRAIN.replace("--n_blocks 2 --n_layers 2", "--model EDSR --n_resblocks 1") + " --epochs 1")
+    (row,) = csv.DictReader(Path("experiment/run/log.csv").read_text().splitlines())
+    assert row["active"] == row["active_share_Tiny"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (f"{TRAIN} --model RCAN", "SMSR, EDSR"),
+        (f"{TRAIN} --loss L3", "there are L1, MSE"),
+        (f"{TRAIN} --optimizer LION", "ADAM, SGD, RMSprop"),
+        (f"{TRAIN} --data_train Set9", "the sets there: Tiny, Tiny2"),
+        (f"{TRAIN} --dir_data nowhere", "no such folder"),
+        (f"{TRAIN} --scale 3", r"prepare_data\.py"),
+        (f"{TRAIN} --patch_size 30", r"img0\.png: 20x24 .* --patch_size 30"),
+        (f"{TRAIN} --data_range 1-3/4-9", "4-9: Tiny holds 4"),
+        (f"{TRAIN} --device cuda:9", "--device cuda:9"),
+        ("--load absent", "no run to continue"),
+        ("--load absent --test_only", "no such weights"),
+        (f"{TEST} --data_test Set5", "no set 'Set5'"),
+        (f"{TEST} --scale 4", "--scale 2 and not 4"),
+        (f"{TEST} --pre_train absent.pt", r"absent\.pt"),
+        (f"{TEST} --pre_train data/Tiny/HR/img0.png", r"img0\.png"),
+        (f"{TEST} --model EDSR", "not weights of EDSR"),
+        (f"{TEST} --n_feats 16", "--n_feats 8 and not 16"),
+        (f"{TEST} --n_resblocks 3", "no such size"),
+        ("--test_only", "needs weights"),
+        (f"{TEST} --data_test demo --dir_demo absent", "absent: no such folder"),
+        (f"{TEST} --save ../up", "--save"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_and_leave_nothing(folder, line, said):
+    before = sorted(folder.rglob("*.pt"))
+    with pytest.raises(InputError, match=said) as error:
+        run(line)
+    assert "\n" not in str(error.value)
+    assert sorted(folder.rglob("*.pt")) == before
+    assert not (folder / "experiment").exists()
+
+
+def test_a_broken_image_is_named(folder):
+    path = Path("data/benchmark/Tiny2/HR/img1.png")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"img1\.png"):
+        run(TEST)
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(folder):
+    done = subprocess.run([*MAIN, "--scale", "0"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: argument --scale")
+    assert done.stderr.count("\n") == 1
+
+
+def started(line):
+    return subprocess.Popen([*MAIN, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, seconds=120):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+def test_ctrl_c_saves_and_says_how_to_go_on(folder):
+    process = started(f"{TRAIN.replace('--n_threads 0', '--n_threads 1')} --epochs 100000")
+    wait_for(Path("experiment/run/log.csv").exists)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "python main.py --load run" in printed
+    assert "Traceback" not in printed
+    epoch = torch.load("experiment/run/checkpoint.pt", weights_only=True)["epoch"]
+    assert run(f"--load run --epochs {epoch}") == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+def test_a_killed_run_leaves_a_checkpoint_that_loads(folder):
+    process = started(f"{TRAIN} --epochs 100000")
+    wait_for(Path("experiment/run/log.csv").exists)
+    process.kill()
+    process.communicate()
+    epoch = torch.load("experiment/run/checkpoint.pt", weights_only=True)["epoch"]
+    assert run(f"--load run --epochs {epoch}") == 0
+
+
+def test_the_released_weights_run_on_the_sample_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = ROOT / "experiment/SMSR_X2/model/model_best.pt"
+    run(f"--dir_data {ROOT / 'testsets'} --data_test Sample --pre_train {weights} --test_only --save check")
+    metrics = json.loads((tmp_path / "experiment/check/results-Sample-x2/metrics.json").read_text())
+    for row in metrics["images"]:
+        lr = iio.imread(ROOT / f"testsets/benchmark/Sample/LR_bicubic/X2/{row['name']}.png")
+        hr = iio.imread(ROOT / f"testsets/benchmark/Sample/HR/{row['name']}.png")
+        bicubic = torch.nn.functional.interpolate(
+            torch.from_numpy(lr).permute(2, 0, 1)[None].float(), scale_factor=2, mode="bicubic"
+        )
+        assert row["psnr_y"] > compare(quantize(bicubic[0], 255), hr, 2)["psnr_y"] + 0.5
+
+
+def test_published_weights_on_set5(shared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    weights = shared / "reference/SMSR_X2.pt"
+    run(f"--dir_data {shared / 'data'} --data_test Set5 --pre_train {weights} --test_only --save check --save_results")
+    mean = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("mean"))
+    assert mean.split()[1] == "37.99"
+    assert mean.split()[2][:5] == "0.960"
+    assert len(list((tmp_path / "experiment/check/results-Set5-x2").glob("*_SR.png"))) == 5

@@ -1,0 +1,163 @@
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from skimage.color import rgb2ycbcr
+from skimage.metrics import peak_signal_noise_ratio
+
+from utility import (
+    Experiment,
+    InputError,
+    luma,
+    pick_device,
+    psnr,
+    quantize,
+    read_options,
+    save_torch,
+    shave,
+    ssim,
+    write_json,
+    write_options,
+    write_whole,
+)
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    return image, np.clip(image + rng.normal(0, 9, image.shape), 0, 255).astype(np.uint8)
+
+
+def test_luma_and_psnr_agree_with_scikit_image(images):
+    for image in images:
+        assert np.abs(luma(image) - rgb2ycbcr(image)[..., 0]).max() < 1e-2
+    assert psnr(*images) == pytest.approx(peak_signal_noise_ratio(*images, data_range=255))
+
+
+def test_identical_and_tiny_images():
+    image = np.full((12, 12), 7.0)
+    assert psnr(image, image) == math.inf
+    assert ssim(image, image) == pytest.approx(1)
+    assert math.isnan(ssim(image[:10], image[:10]))
+    assert math.isnan(psnr(shave(image, 6), shave(image, 6)))
+
+
+def ssim_written_out(a, b):
+    """Wang et al. 2004: 11x11 Gaussian window, sigma 1.5, only where the window lies inside the image."""
+    line = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    window = np.outer(line, line) / line.sum() ** 2
+
+    def local(values):
+        return np.einsum("hwij,ij", np.lib.stride_tricks.sliding_window_view(values, (11, 11)), window)
+
+    mean_a, mean_b = local(a), local(b)
+    variance_a, variance_b = local(a * a) - mean_a**2, local(b * b) - mean_b**2
+    covariance = local(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return np.mean(
+        (2 * mean_a * mean_b + c1)
+        * (2 * covariance + c2)
+        / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))
+    )
+
+
+def test_ssim_equals_the_formula(images):
+    a, b = (luma(image) for image in images)
+    assert ssim(a, b) == pytest.approx(ssim_written_out(a, b), abs=1e-9)
+
+
+def test_shave_cuts_every_side():
+    assert np.array_equal(shave(np.arange(30).reshape(5, 6), 2), [[14, 15]])
+    assert shave(np.zeros((4, 4)), 0).shape == (4, 4)
+
+
+@pytest.mark.parametrize("rgb_range", [1, 255])
+def test_quantize_clamps_and_rounds(rgb_range):
+    values = torch.tensor([-3.0, 0.4, 0.6, 254.6, 300.0]).view(1, 1, 5) * rgb_range / 255
+    assert quantize(values, rgb_range).ravel().tolist() == [0, 0, 1, 255, 255]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    write_whole(tmp_path / "file", b"old")
+
+    def fail(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_json_is_strict(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [math.inf, math.nan, 1.5]})
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse) == {"a": ["inf", None, 1.5]}
+
+
+def test_options_round_trip_and_mark_what_differs(tmp_path):
+    write_options(tmp_path / "options.json", {"lr": 2e-4, "decay": [100]}, {"lr": 2e-4, "decay": [200]})
+    assert json.loads((tmp_path / "options.json").read_text())["changed"] == {"decay": [100]}
+    assert read_options(tmp_path / "options.json") == {"lr": 2e-4, "decay": [100]}
+    assert read_options(tmp_path / "absent.json") == {}
+    (tmp_path / "options.json").write_text("[")
+    with pytest.raises(InputError, match="no options file"):
+        read_options(tmp_path / "options.json")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../up", "a/b", "a\\b", "/root", "~"])
+def test_a_run_has_a_plain_name(name, tmp_path):
+    with pytest.raises(InputError, match="--save"):
+        Experiment(name, tmp_path)
+
+
+def test_a_run_is_not_overwritten_and_reset_deletes_it_alone(tmp_path):
+    other = Experiment("other", tmp_path)
+    other.start()
+    run = Experiment("run", tmp_path)
+    run.start()
+    run.start()  # empty: nothing to lose
+    (run.folder / "notes").write_text("")
+    with pytest.raises(InputError, match="--load run goes on"):
+        run.start()
+    assert (run.folder / "notes").exists()
+    with pytest.raises(InputError, match="--reset would delete"):
+        run.check_start(reset=True, keep=str(run.folder / "notes"))
+    run.start(reset=True)
+    assert list(run.folder.iterdir()) == []
+    assert other.folder.is_dir()
+
+
+def test_a_broken_checkpoint_is_named(tmp_path):
+    run = Experiment("run", tmp_path)
+    with pytest.raises(InputError, match="no run to continue"):
+        run.load_checkpoint()
+    save_torch(run.folder / "checkpoint.pt", {"epoch": 3})
+    assert run.load_checkpoint() == {"epoch": 3}
+    (run.folder / "checkpoint.pt").write_bytes(b"broken")
+    with pytest.raises(InputError, match="is broken"):
+        run.load_checkpoint()
+
+
+def test_history_is_written_as_a_table_and_as_curves(tmp_path):
+    run = Experiment("run", tmp_path)
+    history = [{"epoch": 1, "loss": 2.0, "active": 0.9}, {"epoch": 2, "loss": 1.0, "active": 0.8, "psnr_y_Set5": 30.0}]
+    run.write_history(history)
+    lines = (run.folder / "log.csv").read_text().splitlines()
+    assert lines == ["epoch,loss,active,psnr_y_Set5", "1,2,0.9,", "2,1,0.8,30"]
+    assert all((run.folder / f"{name}.png").stat().st_size > 1000 for name in ("loss", "psnr", "active_share"))
+
+
+def test_devices(capsys):
+    assert pick_device("cpu") == torch.device("cpu")
+    for name in ("cuda:99", "nonsense"):
+        with pytest.raises(InputError, match=f"--device {name}"):
+            pick_device(name)
