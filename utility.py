@@ -186,9 +186,10 @@ class Experiment:
         if not self.folder.is_dir() or not any(self.folder.iterdir()):
             return
         if not reset:
+            go_on = f"--load {self.name} goes on with it, " if (self.folder / "checkpoint.pt").exists() else ""
             raise InputError(
-                f"--save {self.name}: {self.folder} holds a run already; --load {self.name} goes on with it, "
-                f"--reset deletes it, another --save leaves it alone"
+                f"--save {self.name}: {self.folder} holds a run already; {go_on}--reset deletes it, "
+                f"another --save leaves it alone"
             )
         if keep and self.folder.resolve() in Path(keep).resolve().parents:
             raise InputError(f"--reset would delete {keep}, which --pre_train asks for; choose another --save")

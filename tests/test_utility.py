@@ -126,6 +126,9 @@ def test_a_run_is_not_overwritten_and_reset_deletes_it_alone(tmp_path):
     run.start()
     run.start()  # empty: nothing to lose
     (run.folder / "notes").write_text("")
+    with pytest.raises(InputError, match="already; --reset"):
+        run.start()
+    run.save_checkpoint({})
     with pytest.raises(InputError, match="--load run goes on"):
         run.start()
     assert (run.folder / "notes").exists()
