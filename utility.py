@@ -1,6 +1,7 @@
 """What every part leans on: errors, logging, random states, metrics, and the folder of an experiment."""
 
 import csv
+import errno
 import io
 import json
 import logging
@@ -35,6 +36,14 @@ def run_program(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 # ---- devices and random states ---------------------------------------------------------------------------------------

@@ -102,9 +102,12 @@ class LayerPlan:
     """
 
     def __init__(self, weight, collect, n_in, n_out):
+        channels = weight.shape[0]
         self.n_in, self.n_out = n_in, n_out
         self.thin = weight[:n_out, :n_in].contiguous()  # everywhere: dense channels from dense channels
-        self.full = weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous()  # (9C, C), rows as they are gathered
+        # At important pixels all the rest: every output, or where all inputs are dense only the sparse ones.
+        self.from_output = n_out if n_in == channels else 0
+        self.full = weight[self.from_output :].permute(2, 3, 1, 0).flatten(0, 2).contiguous()  # (9C, C'), tap by tap
         self.collect_dense, self.collect_sparse = collect[:n_out], collect[n_out:]
 
     def __call__(self, f, rows):
@@ -113,12 +116,13 @@ class LayerPlan:
         if self.thin.numel():
             dense = F.conv2d(f[..., : self.n_in].permute(0, 3, 1, 2), self.thin)  # the border is the padding
             out[:, 1:-1, 1:-1, : self.n_out] = F.relu(dense).permute(0, 2, 3, 1)
-        line, channels = f.shape[2], f.shape[3]
-        neighbours = torch.tensor([dy * line + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)], device=f.device)
-        source, target = f.view(-1, channels), out.view(-1, channels)
-        for chunk in rows.split(ROWS):
-            gathered = source[(chunk[:, None] + neighbours).flatten()].view(-1, 9 * channels)
-            target[chunk] = F.relu(gathered @ self.full)  # (M, 9C) @ (9C, C) -> (M, C)
+        if self.full.numel():
+            line, channels = f.shape[2], f.shape[3]
+            neighbours = torch.tensor([dy * line + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)], device=f.device)
+            source, target = f.view(-1, channels), out.view(-1, channels)[:, self.from_output :]
+            for chunk in rows.split(ROWS):
+                gathered = source[(chunk[:, None] + neighbours).flatten()].view(-1, 9 * channels)
+                target[chunk] = F.relu(gathered @ self.full)  # (M, 9C) @ (9C, C') -> (M, C')
         return out
 
     def collect(self, f, rows, total):
@@ -133,7 +137,7 @@ class LayerPlan:
 
     def macs(self, pixels, important):
         """Multiply-adds executed for so many pixels, of which so many are important."""
-        channels = self.full.shape[1]
+        channels = len(self.collect_dense) + len(self.collect_sparse)
         convolved = pixels * self.thin.numel() + important * self.full.numel()
         collected = pixels * self.n_out + important * (channels - self.n_out)
         return convolved + collected * channels

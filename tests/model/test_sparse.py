@@ -79,6 +79,8 @@ def test_degenerate_splits(density, dense, size):
     assert work.important == (expected,)
     if density == 1 or dense == (16, 16, 16):
         assert work.active_share == 1
+    if dense == (16, 16, 16):
+        assert work.macs == work.macs_dense
     if density == 0 and dense == (0, 0, 0):
         assert work.active_share == 0
         assert work.macs == work.macs_dense - pixels * (3 * 9 * 16 * 16 + 3 * 16 * 16)
