@@ -1,10 +1,11 @@
-"""SMSR: Learning Sparse Masks for Efficient Image Super-Resolution (CVPR 2021). Train, test, run."""
+"""SMSR: Learning Sparse Masks for Efficient Image Super-Resolution. Train, test, run."""
 
 import functools
 import logging
 import sys
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import option
 from data import build_test_sets, build_train_loader
@@ -14,31 +15,29 @@ from model import build_model, read_weights
 from model.inference import chop, self_ensemble
 from trainer import Schedules, Trainer, build_optimizer, evaluate, table
 from utility import (
+    INTERRUPTED,
     Experiment,
     InputError,
     logger,
     pick_device,
-    read_options,
     run_program,
-    seed_everything,
     write_json,
     write_options,
 )
-
-DTYPES = {"single": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(argv=None):
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO, force=True)
     args = option.parse(argv)
+    stored = {}
     if args.load:
-        stored = read_options(Experiment(args.load).folder / "options.json")
-        args = option.parse(argv, {**stored, "save": args.load})
-    seed_everything(args.seed)
-    return test(args) if args.test_only else train(args)
+        stored = Experiment(args.load).load_options()
+        args = option.parse(argv, stored)
+    torch.manual_seed(args.seed)
+    return test(args) if args.test_only else train(args, stored)
 
 
-def train(args):
+def train(args, stored):
     experiment = Experiment(args.save)
     state = experiment.load_checkpoint() if args.load else None
     if state is None:
@@ -47,7 +46,7 @@ def train(args):
     weights = state["model"] if state else read_weights(args.pre_train) if args.pre_train else None
     model = make_model(args, weights).to(device, memory_format=torch.channels_last)
     criterion = build_loss(
-        args.loss, args.n_colors, args.rgb_range, args.vgg_weights,
+        args.loss, args.n_colors, args.rgb_range, args.vgg_weights, args.patch_size * args.scale,
         k=args.gan_k, lr=args.lr, betas=args.betas, eps=args.epsilon, weight_decay=args.weight_decay,
     ).to(device)  # fmt: skip
     optimizer = build_optimizer(
@@ -58,9 +57,6 @@ def train(args):
         args.data_train, args.dir_data, args.scale, args.data_range, args.patch_size, not args.no_augment,
         args.n_colors, args.ext, args.seed, args.batch_size, args.test_every, args.n_threads, device.type == "cuda",
     )  # fmt: skip
-    if state is None:
-        experiment.start(args.reset)
-    experiment.log_to_file()
     trainer = Trainer(
         model, criterion, optimizer, loader, test_sets, experiment,
         Schedules(args.lr, args.decay, args.gamma, args.tau_min, args.tau_epochs, args.lambda_sparsity,
@@ -69,15 +65,19 @@ def train(args):
     )  # fmt: skip
     if state:
         trainer.load_state(state)
-    if trainer.epoch > args.epochs:
-        raise InputError(f"--load {args.save}: has its {trainer.epoch - 1} epochs; ask for more with --epochs")
-    write_options(experiment.folder / "options.json", vars(args), option.defaults())
+        if trainer.epoch > args.epochs:
+            raise InputError(f"--load {args.save}: has its {trainer.epoch - 1} epochs; ask for more with --epochs")
+    else:
+        experiment.start(args.reset)
+    origin = {key: stored[key] for key in ("pre_train", "template") if key in stored}
+    write_options(experiment.folder / "options.json", {**vars(args), **origin}, option.defaults())
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    logger.info(f"{args.model} x{args.scale}, {n_parameters:,} parameters, {len(loader.dataset)} images, {device}")
-    if not trainer.fit(args.epochs):
-        logger.info(f"go on with: python main.py --load {args.save}")
-        return 130
-    return 0
+    with experiment.logging(), logging_redirect_tqdm():
+        logger.info(f"{args.model} x{args.scale}, {n_parameters:,} parameters, {len(loader.dataset)} images, {device}")
+        finished = trainer.fit(args.epochs)
+        if not finished:
+            logger.info(f"go on with: python main.py --load {args.save}")
+    return 0 if finished else INTERRUPTED
 
 
 def test(args):
@@ -89,7 +89,7 @@ def test(args):
         raise InputError("--test_only needs weights: give --pre_train FILE, or --load NAME for those of a run")
     device = pick_device(args.device)
     model = make_model(args, read_weights(path))
-    model = model.to(device, DTYPES[args.precision], memory_format=torch.channels_last)
+    model = model.to(device, option.PRECISIONS[args.precision], memory_format=torch.channels_last)
     run = model.inference
     if args.chop:
         run = functools.partial(chop, run, scale=args.scale, tile=args.chop_size)
@@ -104,7 +104,8 @@ def test(args):
         def save(name, sr, folder=folder):
             write_png(folder / f"{name}_x{args.scale}_SR.png", sr)
 
-        metrics = evaluate(model, images, run, args.rgb_range, save if args.save_results else None)
+        saves = args.save_results or images.name == "demo"
+        metrics = evaluate(model, images, run, args.rgb_range, save if saves else None)
         write_json(folder / "metrics.json", metrics)
         write_options(folder / "options.json", vars(args), option.defaults())
         for line in table(metrics):

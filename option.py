@@ -4,6 +4,9 @@ import argparse
 import math
 import os
 
+import torch
+
+from data.cache import KINDS
 from utility import InputError
 
 # Sets of defaults by name (--template); what is given on the command line prevails.
@@ -16,9 +19,9 @@ TEMPLATES = {
 
 
 # Options that say what to do this time, so that a run which goes on does not take them over from its start.
-OF_ONE_CALL = {"cpu", "device", "n_GPUs", "load", "pre_train", "reset", "resume", "template", "test_only", "precision",
-               "chop", "self_ensemble", "save_results"}  # fmt: skip
-PRECISIONS = ("single", "half", "bf16")
+OF_ONE_CALL = {"cpu", "n_GPUs", "load", "save", "pre_train", "reset", "resume", "template", "test_only"}
+OF_TESTS = ("chop", "self_ensemble", "save_results")
+PRECISIONS = {"single": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,7 +70,7 @@ def build_parser():
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     group.add_argument("--cpu", action="store_true", help="the same as --device cpu")
     group.add_argument("--n_GPUs", type=positive_int, help="ask for a GPU; this version runs on one")
-    group.add_argument("--seed", type=count, default=1, help="of all that is random")
+    group.add_argument("--seed", type=seed, default=1, help="of all that is random")
 
     group = parser.add_argument_group("data")
     group.add_argument("--dir_data", default="dataset", help="folder that holds the sets")
@@ -82,8 +85,9 @@ def build_parser():
         "(DIV2K: 1-800/801-810, other sets: all)",
     )  # fmt: skip
     group.add_argument(
-        "--ext", choices=("img", "sep", "sep_reset", "bin"), default="sep",
-        help="training images: decode files each time; keep .npy files; make them anew; keep all in memory",
+        "--ext", choices=KINDS, default="sep",
+        help="training images: decode files each time; keep .npy files; make them anew; keep all in memory "
+        "(on macOS and Windows in that of each reading process)",
     )  # fmt: skip
     group.add_argument("--scale", type=positive_int, default=2, help="upscaling factor")
     group.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels of a training patch")
@@ -118,13 +122,15 @@ def build_parser():
     group.add_argument("--lambda_warmup", type=count, default=50, help="epochs in which it grows from 0")
     group.add_argument("--optimizer", default="ADAM", help="ADAM, SGD or RMSprop")
     group.add_argument("--momentum", type=non_negative_float, default=0.9, help="of SGD")
-    group.add_argument("--betas", type=non_negative_float, nargs=2, default=[0.9, 0.999], help="of ADAM")
+    group.add_argument("--betas", type=share, nargs=2, default=[0.9, 0.999], help="of ADAM")
     group.add_argument("--epsilon", type=positive_float, default=1e-8, help="of ADAM and RMSprop")
     group.add_argument("--weight_decay", type=non_negative_float, default=0.0)
     group.add_argument("--gclip", type=non_negative_float, default=0.0, help="bound of each gradient value; 0: none")
     group.add_argument("--loss", default="1*L1", help="such as 1*L1+0.1*VGG54; L1 MSE VGG22 VGG54 GAN WGAN ...")
     group.add_argument("--vgg_weights", help="file of torchvision's VGG19 weights")
-    group.add_argument("--gan_k", type=positive_int, default=1, help="steps of the discriminator a batch")
+    group.add_argument(
+        "--gan_k", type=positive_int, default=1, help="steps of the discriminator a batch, or part of one"
+    )
     group.add_argument("--skip_threshold", type=positive_float, default=1e8,
                        help="skip a batch whose loss is N times that of the last epoch")  # fmt: skip
 
@@ -134,7 +140,7 @@ def build_parser():
     group.add_argument("--save_results", action="store_true", help="write the SR images")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--save", default="test", help="name of the run: experiment/NAME")
+    group.add_argument("--save", help="name of the run: experiment/NAME (default: that of --load, else test)")
     group.add_argument("--load", default="", help="run to go on with; its options are the defaults")
     group.add_argument("--resume", type=int, default=0,
                        help="with --load --test_only: 0 its best weights, -1 the latest, N of epoch N")  # fmt: skip
@@ -153,8 +159,13 @@ def _check(args):
             raise InputError(f"--n_GPUs {args.n_GPUs}: this version runs on one; leave the flag out")
         if args.device == "auto":
             args.device = "cuda"
-    if args.resume and not (args.load and args.test_only):
+    if args.load and args.save not in (None, args.load):
+        raise InputError(f"--load {args.load} goes on in experiment/{args.load}; leave --save {args.save} out")
+    args.save = args.load or args.save or "test"
+    if args.resume and not (args.load and (args.test_only or args.resume == -1)):
         raise InputError("--resume chooses weights for --load NAME --test_only; training goes on with --load alone")
+    if args.load and args.template:
+        raise InputError("--load brings its own options; leave --template out")
     if args.load and args.reset:
         raise InputError("--load goes on with a run and --reset deletes it; leave one out")
     if args.load and args.pre_train:
@@ -162,6 +173,9 @@ def _check(args):
     if not args.test_only:
         if args.precision != "single":
             raise InputError(f"--precision {args.precision} is for --test_only; training runs in single precision")
+        for name in OF_TESTS:
+            if getattr(args, name):
+                raise InputError(f"--{name} is for --test_only; leave it out of a training")
         if "demo" in args.data_test:
             raise InputError("--data_test demo has no HR images to measure a training by; add --test_only")
     if args.chop and args.chop_size <= 32:
@@ -185,6 +199,14 @@ def positive_float(text):
 
 def non_negative_float(text):
     return _number(text, float, lambda value: 0 <= value < math.inf, "a number of 0 or more")
+
+
+def share(text):
+    return _number(text, float, lambda value: 0 <= value < 1, "a number of 0 or more, below 1")
+
+
+def seed(text):
+    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number of 0 or more")
 
 
 def names(text):

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -115,6 +116,8 @@ class Trainer:
     def fit(self, epochs):
         """Train up to and including the epoch `epochs`. Returns False if it was interrupted before that."""
         with self._stop_on_interrupt():
+            if self.epoch == 1 and self.step == 0:
+                self._save_checkpoint()  # killed from here on, the run can go on
             while self.epoch <= epochs:
                 self._train_epoch()
                 self._save_checkpoint()
@@ -221,6 +224,7 @@ class Trainer:
             {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "optimizer_name": type(self.optimizer).__name__,
                 "criterion": self.criterion.learned_state(),
                 "epoch": self.epoch,
                 "step": self.step,
@@ -232,11 +236,17 @@ class Trainer:
 
     def load_state(self, state):
         """Go on from a checkpoint of `experiment.load_checkpoint`; the model holds its weights already."""
+        name = type(self.optimizer).__name__
+        if state["optimizer_name"] != name:
+            raise InputError(f"--optimizer: the run has {state['optimizer_name']}, and goes on with nothing but that")
+        asked = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, options in zip(self.optimizer.param_groups, asked, strict=True):
+            group.update(options)  # those of the command line, not those of the checkpoint
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
             self.criterion.load_learned_state(state["criterion"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise InputError(f"--load: --optimizer or --loss is not that of the run ({error})") from None
+        except KeyError as error:
+            raise InputError(f"--loss: the run has no discriminator for {error}; go on with its own loss") from None
         self.epoch, self.step = state["epoch"], state["step"]
         self.totals, self.history = state["totals"], state["history"]
         set_random_state(state["random"])
@@ -254,7 +264,7 @@ class Trainer:
         def stop(*_):
             self._stop = True
             restore()
-            logger.info("stopping after this step or evaluation ...")
+            os.write(2, b"\nstopping after this step or evaluation; once more stops at once\n")  # a logger may be busy
 
         for number in signals:
             signal.signal(number, stop)
@@ -340,14 +350,15 @@ def headline(metrics):
 
 
 def table(metrics):
-    """The lines of `evaluate`'s result, image by image and mean."""
-    psnr_name, _ = headline(metrics)
-    width = max(5, *(len(row["name"]) for row in metrics["images"]))
-    lines = [f"{metrics['dataset']:{width}}  {psnr_name:>8}  {'ssim_y':>6}  {'active':>6}  {'seconds':>7}"]
-    for row in [*metrics["images"], metrics | {"name": "mean"}]:
-        seconds = row.get("seconds", metrics["seconds_per_image"])
-        lines.append(
-            f"{row['name']:{width}}  {row[psnr_name]:8.2f}  {row['ssim_y']:6.4f}  "
-            f"{row['active_share']:6.3f}  {seconds:7.3f}"
-        )
+    """The lines of `evaluate`'s result, image by image and mean; PSNR and SSIM where there were HR images."""
+    columns = {"active_share": ("active", ".3f"), "seconds": ("seconds", ".3f")}
+    psnr_name, psnr_mean = headline(metrics)
+    if not math.isnan(psnr_mean):
+        columns = {psnr_name: (psnr_name, ".2f"), "ssim_y": ("ssim_y", ".4f")} | columns
+    rows = [*metrics["images"], metrics | {"name": "mean", "seconds": metrics["seconds_per_image"]}]
+    width = max(len(metrics["dataset"]), *(len(row["name"]) for row in rows))
+    lines = [f"{metrics['dataset']:{width}}" + "".join(f"  {title:>8}" for title, _ in columns.values())]
+    for row in rows:
+        numbers = "".join(f"  {format(row[key], form):>8}" for key, (_, form) in columns.items())
+        lines.append(f"{row['name']:{width}}{numbers}")
     return lines

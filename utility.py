@@ -1,5 +1,6 @@
 """What every part leans on: errors, logging, random states, metrics, and the folder of an experiment."""
 
+import contextlib
 import csv
 import errno
 import io
@@ -8,7 +9,6 @@ import logging
 import math
 import os
 import platform
-import random
 import re
 import shutil
 import sys
@@ -19,6 +19,7 @@ import torch
 from skimage.metrics import structural_similarity
 
 logger = logging.getLogger("smsr")
+INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 class InputError(Exception):
@@ -43,7 +44,7 @@ def run_program(main):
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 # ---- devices and random states ---------------------------------------------------------------------------------------
@@ -52,8 +53,9 @@ def run_program(main):
 def pick_device(name):
     """'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', 'mps' -> torch.device. Raises InputError."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
+        for kind, present in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+            if present:
+                return torch.device(kind)
         logger.info("no GPU found: running on the CPU")
         return torch.device("cpu")
     try:
@@ -72,17 +74,13 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def seed_everything(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def random_state():
     """The states of the generators that training draws from, as plain tensors."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -90,6 +88,8 @@ def set_random_state(state):
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and len(state.get("cuda", [])) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.backends.mps.is_available() and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -102,10 +102,9 @@ def quantize(image, rgb_range):
 
 
 def luma(image):
-    """Y of BT.601 YCbCr, 16...235, as float64 (H, W), of a uint8 image (H, W, 3); (H, W, 1) is luma already."""
-    if image.shape[2] == 1:
-        return image[..., 0].astype(np.float64)
-    return image @ np.array([65.738, 129.057, 25.064]) / 256 + 16
+    """Y of BT.601 YCbCr, 16...235, as float64 (H, W), of a uint8 image (H, W, 3), or (H, W, 1): grey."""
+    weights = np.array([65.738, 129.057, 25.064]) / 256
+    return 16 + (image @ weights if image.shape[2] == 3 else image[..., 0] * weights.sum())
 
 
 def shave(image, border):
@@ -186,7 +185,7 @@ class Experiment:
 
     def __init__(self, name, root="experiment"):
         if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
-            raise InputError(f"--save {name!r}: a run is named by letters, digits and . _ + -")
+            raise InputError(f"{name!r} names no run: give --save or --load letters, digits and . _ + -")
         self.name = name
         self.folder = Path(root) / name
 
@@ -218,13 +217,17 @@ class Experiment:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def log_to_file(self):
-        for handler in logger.handlers[:]:
-            logger.removeHandler(handler)
-            handler.close()
+    @contextlib.contextmanager
+    def logging(self):
+        """Within, what is logged goes to log.txt as well."""
         handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
 
     def weights_path(self, which):
         """`which`: 'best', 'latest' or an epoch."""
@@ -241,9 +244,22 @@ class Experiment:
         if not path.is_file():
             raise InputError(f"--load {self.name}: there is no {path}, so no run to continue; start one with --save")
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:  # a broken file may raise nearly anything
-            raise InputError(f"--load {self.name}: {path} is broken; start anew with --reset") from None
+            state = None
+        if not isinstance(state, dict) or not {"model", "optimizer", "epoch"} <= state.keys():
+            raise InputError(
+                f"--load {self.name}: {path} is no checkpoint of a run, or broken; start another run from its weights: "
+                f"--save OTHER --pre_train {self.weights_path('latest')}"
+            )
+        return state
+
+    def load_options(self):
+        path = self.folder / "options.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["options"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"--load {self.name}: {path} is not there or broken, so its options are unknown") from None
 
     def write_history(self, history):
         """log.csv and the curves, from one dict of numbers an epoch."""
@@ -282,13 +298,3 @@ def write_options(path, options, defaults):
     changed = {key: value for key, value in options.items() if value != defaults[key]}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     write_json(path, {"changed": changed, "options": options, "versions": versions})
-
-
-def read_options(path):
-    """The options that `write_options` wrote; an empty dict if there is no such file. Raises InputError if broken."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))["options"]
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError):
-        raise InputError(f"{path}: is no options file of a run; delete it and give the options anew") from None

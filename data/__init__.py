@@ -1,6 +1,8 @@
 """Find the sets by name and build what is trained and tested on."""
 
+import dataclasses
 import itertools
+import os
 import signal
 from pathlib import Path
 
@@ -8,11 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import benchmark, demo, div2k
-from data.benchmark import ImageSet
 from data.srdata import EpochSampler, Patches, WholeImages
 from utility import InputError
 
-DIV2K_RANGES = ((1, 800), (801, 810))  # EDSR's images of training and of validation, counted from 1
+TRAIN, TEST = 0, 1
+DIV2K_RANGES = ((1, 800), (801, 810))  # EDSR's images of training and of validation, by the number they bear
 
 
 def find_set(name, dir_data, scale, dir_demo=""):
@@ -34,15 +36,12 @@ def find_set(name, dir_data, scale, dir_demo=""):
     raise InputError(f"no set {name!r} in --dir_data {dir_data}; the sets there: {there}")
 
 
-def take_range(images, span, flag="--data_range"):
-    """The images from the first to the last number of `span` (both counted, from 1); all if it is None."""
-    if span is None:
-        return images
+def take_range(images, span):
+    """The images from the first to the last number of `span` (both counted, from 1)."""
     first, last = span
     if last > len(images.pairs):
-        raise InputError(f"{flag} {first}-{last}: {images.name} holds {len(images.pairs)} images")
-    chosen = dict(itertools.islice(images.pairs.items(), first - 1, last))
-    return ImageSet(images.name, images.root, chosen, images.benchmark)
+        raise InputError(f"--data_range {first}-{last}: {images.name} holds {len(images.pairs)} images")
+    return dataclasses.replace(images, pairs=dict(itertools.islice(images.pairs.items(), first - 1, last)))
 
 
 def build_train_loader(
@@ -51,7 +50,7 @@ def build_train_loader(
 ):  # fmt: skip
     """A DataLoader of (LR, HR) uint8 patches, one epoch `iterations` batches; see Patches and EpochSampler."""
     sets = [find_set(name, dir_data, scale) for name in names]
-    sets = [take_range(images, _range_of(images, data_range, 0)) for images in sets]
+    sets = [_part_of(images, data_range, TRAIN) for images in sets]
     patches = Patches(sets, scale, patch_size, augment, n_colors, ext, seed)
     return DataLoader(
         patches,
@@ -60,7 +59,7 @@ def build_train_loader(
         num_workers=n_threads,
         persistent_workers=n_threads > 0,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_leave_interrupts_alone,
         generator=torch.Generator(),  # its own, so that iterating leaves the global random state alone
     )
 
@@ -68,16 +67,24 @@ def build_train_loader(
 def build_test_sets(names, dir_data, scale, data_range=None, n_colors=3, dir_demo=""):
     """A WholeImages for each name."""
     sets = [find_set(name, dir_data, scale, dir_demo) for name in names]
-    return [WholeImages(take_range(images, _range_of(images, data_range, 1)), scale, n_colors) for images in sets]
+    return [WholeImages(_part_of(images, data_range, TEST), scale, n_colors) for images in sets]
 
 
-def _range_of(images, data_range, part):
+def _part_of(images, data_range, part):
     if images.benchmark or images.name == "demo":
-        return None
-    if data_range is None:
-        return DIV2K_RANGES[part] if images.name == "DIV2K" else None
-    return data_range[part]
+        return images
+    if data_range is not None:
+        return take_range(images, data_range[part])
+    if images.name == "DIV2K":
+        first, last = DIV2K_RANGES[part]
+        chosen = {name: pair for name, pair in images.pairs.items() if name.isdigit() and first <= int(name) <= last}
+        return dataclasses.replace(images, pairs=chosen)
+    return images
 
 
-def _ignore_interrupts(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers once it has saved
+def _leave_interrupts_alone(_):
+    """Ctrl-C is for the main process, which saves and then ends its workers."""
+    if os.name == "posix":
+        os.setpgid(0, 0)
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,5 +1,6 @@
 """Where the files of a paired set lie: <root>/HR/<name>.png and <root>/LR_bicubic/X<s>/<name>[x<s>].png."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,19 @@ def find(root, name, scale, benchmark):
     """The set in <root>, whose HR images lie in <root>/HR. Raises InputError."""
     out = root.parent.parent if benchmark else root.parent
     kind = "benchmark" if benchmark else "train"
-    maker = f"python tools/prepare_data.py {kind} --hr {root / 'HR'} --name {name} --scales {scale} --out {out}"
+    parts = [
+        "python",
+        "tools/prepare_data.py",
+        kind,
+        "--hr",
+        root / "HR",
+        "--name",
+        name,
+        "--scales",
+        scale,
+        "--out",
+        out,
+    ]
+    maker = " ".join(shlex.quote(str(part)) for part in parts)
     pairs = pair_up(root / "HR", root / "LR_bicubic" / f"X{scale}", scale, maker)
     return ImageSet(name, root, pairs, benchmark)

@@ -1,40 +1,40 @@
 """Read image files of any kind as 8-bit grey or RGB."""
 
 import contextlib
+import functools
 
 import imageio.v3 as iio
 import numpy as np
+from PIL import Image, ImageOps
 
 from utility import InputError
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
-TURNED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
+ORIENTATION, TURNED = 0x0112, {5, 6, 7, 8}  # the EXIF tag, and its values that swap height and width
 
 
 def read_image(path, n_colors=3):
     """An image file -> uint8 (H, W, n_colors), n_colors 1 (grey) or 3 (RGB).
 
-    Palettes and CMYK are converted, alpha is dropped, 16 bits are rounded to 8, EXIF rotation is applied, and of
+    Palettes and CMYK are converted, alpha is dropped, 16 bits are reduced to 8, EXIF rotation is applied, and of
     several frames the first is read. Raises InputError where the file is missing, broken or of 32 bits a channel.
     """
-    with _open(path) as file:
-        mode = file.metadata(index=0, exclude_applied=False)["mode"]
-        if mode in ("I", "F"):
+    with _open(path) as image:
+        if image.mode in ("I", "F"):
             raise InputError(f"{path}: has 32 bits a pixel; save it with 8 or 16")
-        if mode.startswith("I;16"):
-            image = file.read(index=0, rotate=True)
-            image = np.round(image / 257).astype(np.uint8)  # 65535 -> 255
-            return np.repeat(image[..., None], n_colors, 2)
-        image = file.read(index=0, mode="L" if n_colors == 1 else "RGB", rotate=True)
-    return np.ascontiguousarray(image.reshape(*image.shape[:2], n_colors))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # Pillow would clip, not scale
+            image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+        array = np.asarray(image.convert("L" if n_colors == 1 else "RGB"))
+    return array.reshape(*array.shape[:2], n_colors)
 
 
 def image_size(path):
     """(height, width) as `read_image` gives them, from the head of the file alone."""
-    with _open(path) as file:
-        metadata = file.metadata(index=0, exclude_applied=False)
-    width, height = metadata["shape"]
-    return (width, height) if metadata.get("Orientation") in TURNED else (height, width)
+    with _open(path) as image:
+        width, height = image.size
+        # Pillow turns the size of a TIFF by itself.
+        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION) in TURNED
+    return (width, height) if turned else (height, width)
 
 
 def write_png(path, image):
@@ -51,18 +51,23 @@ def list_images(folder):
         raise InputError(f"{folder}: no such folder")
     images = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
+        if path.suffix.lower() in _endings() and not path.name.startswith("."):
             if path.stem in images:
                 raise InputError(f"{path}: has the name of {images[path.stem].name}; rename one of the two")
             images[path.stem] = path
     return images
 
 
+@functools.cache
+def _endings():
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
 @contextlib.contextmanager
 def _open(path):
     try:
-        with iio.imopen(path, "r", plugin="pillow") as file:
-            yield file
+        with Image.open(path) as image:
+            yield image
     except InputError:
         raise
     except FileNotFoundError:

@@ -1,11 +1,14 @@
 """Losses by name: '1*L1+0.1*VGG54' -> a module."""
 
+import math
+
 from torch import nn
 
 from loss import adversarial, vgg
 from utility import InputError
 
 NAMES = ("L1", "MSE", *vgg.CUTS, *adversarial.KINDS)
+SMALLEST = {"VGG22": 2, "VGG54": 16, **dict.fromkeys(adversarial.KINDS, 32)}  # side of an HR patch
 
 
 class Loss(nn.Module):
@@ -41,16 +44,18 @@ class Loss(nn.Module):
         return {name: term for name, term in self.terms.items() if isinstance(term, adversarial.Adversarial)}
 
 
-def build_loss(text, n_colors=3, rgb_range=255, vgg_weights=None, **adversarial_options):
+def build_loss(text, n_colors=3, rgb_range=255, vgg_weights=None, hr_size=None, **adversarial_options):
     """'1*L1+0.1*VGG54' -> Loss. A name without a number weighs 1.
 
     Args:
         text: names of NAMES, weighted and added
         vgg_weights: see vgg.VGG
+        hr_size: side of the HR patches, to refuse what is too small for a loss; None: not known
         adversarial_options: see adversarial.Adversarial
 
     Raises:
-        InputError: an unknown or repeated name, a weight that is no number, VGG without torchvision
+        InputError: an unknown or repeated name, a weight that is no number, patches that are too small, VGG without
+            torchvision
     """
     terms = {}
     for term in text.split("+"):
@@ -62,9 +67,15 @@ def build_loss(text, n_colors=3, rgb_range=255, vgg_weights=None, **adversarial_
         try:
             weight = float(weight) if star else 1.0
         except ValueError:
-            raise InputError(f"--loss {text}: the weight {weight!r} of {name} is no number") from None
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise InputError(f"--loss {text}: the weight of {name} is no number")
         if name in vgg.CUTS and n_colors != 3:
             raise InputError(f"--loss {text}: {name} looks at RGB images; --n_colors {n_colors} has none")
+        if hr_size is not None and hr_size < SMALLEST.get(name, 1):
+            raise InputError(
+                f"--loss {text}: {name} needs HR patches of {SMALLEST[name]} pixels, --patch_size gives {hr_size}"
+            )
         if name == "L1":
             module = nn.L1Loss()
         elif name == "MSE":

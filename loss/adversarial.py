@@ -10,7 +10,7 @@ PENALTY = 10.0  # weight of WGAN_GP's gradient penalty
 
 
 class Discriminator(nn.Sequential):
-    """Images (N, n_colors, H, W), H and W >= 16 -> one score each (N, 1) (SRGAN fig. 4).
+    """Images (N, n_colors, H, W) in 0...rgb_range, H and W >= 32 -> one score each (N, 1) (SRGAN fig. 4).
 
     Without batch normalisation where the loss looks at each sample's own gradient (WGAN_GP).
     """
@@ -42,18 +42,20 @@ class Adversarial(nn.Module):
     Args:
         kind: one of KINDS
         k: steps of the discriminator a call
-        lr, betas, eps, weight_decay: of its Adam
+        lr, betas, eps, weight_decay: of its Adam; WGAN_GP takes the betas of its paper, 0 and 0.9
     """
 
     def __init__(self, kind, n_colors=3, k=1, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         super().__init__()
         self.kind, self.k = kind, k
         self.discriminator = Discriminator(n_colors, normalize=kind != "WGAN_GP")
+        betas = (0.0, 0.9) if kind == "WGAN_GP" else betas
         self.optimizer = torch.optim.Adam(
             self.discriminator.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
         )
 
     def forward(self, sr, hr):
+        """sr and hr (N, n_colors, H, W), gradients in sr alone -> the loss of the generator ()."""
         self.discriminator.requires_grad_(True)
         for _ in range(self.k):
             self.optimizer.zero_grad()

@@ -34,11 +34,11 @@ def build_model(name, state_dict=None, **sizes):
     try:
         inferred = network.hyperparameters(state_dict)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise InputError(f"--pre_train: these are not weights of {name} ({error} is missing)") from None
+        raise InputError(f"the weights are not those of {name}: {error} is not among them") from None
     differing = [key for key in inferred if sizes.get(key, inferred[key]) != inferred[key]]
     if differing:
         found = ", ".join(f"--{key} {inferred[key]} and not {sizes[key]}" for key in differing)
-        raise InputError(f"--pre_train: these weights are of {name} with {found}")
+        raise InputError(f"the weights are of {name} with {found}")
     model = _construct(network, {**inferred, **sizes})
     load_weights(model, state_dict)
     return model
@@ -52,7 +52,11 @@ def _construct(network, sizes):
 
 
 def load_model(path, name="SMSR", **sizes):
-    """The network in a weights file, every size read from it, in eval mode on the CPU. Raises InputError."""
+    """The network in a weights file, in eval mode on the CPU. Raises InputError.
+
+    Sizes are read from the shapes of the weights. What no shape tells (rgb_range, EDSR's res_scale) is as in
+    training: give it in `sizes` where it is not the default.
+    """
     return build_model(name, read_weights(path), **sizes).eval()
 
 

@@ -1,4 +1,4 @@
-"""SMSR as it is trained: "Learning Sparse Masks for Efficient Image Super-Resolution", CVPR 2021.
+"""SMSR as it is trained: "Exploring Sparsity in Image Super-Resolution for Efficient Inference", CVPR 2021.
 
 The differentiable network of the paper: soft masks, no index in sight. How the trained network is run, skipping
 the masked work, is told in sparse.py.
@@ -129,7 +129,7 @@ class SMSR(nn.Module):
         self.blocks = nn.ModuleList(SMM(n_feats, n_layers) for _ in range(n_blocks))
         self.collect = nn.Sequential(nn.Conv2d(n_feats * n_blocks, n_feats, 1), nn.ReLU(), conv3x3(n_feats, n_feats))
         self.tail = nn.Sequential(conv3x3(n_feats, n_colors * scale**2), nn.PixelShuffle(scale))
-        self._plan = self._plan_key = None
+        self._plan = self._planned_weights = None
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -173,20 +173,18 @@ class SMSR(nn.Module):
         return sr[..., : height * self.scale, : width * self.scale], work
 
     def _current_plan(self):
-        tensors = [*self.parameters(), *self.buffers()]
-        if any(t.is_inference() for t in tensors):  # those do not count their changes
-            return sparse.compile_plan(self)
-        key = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
-        if self._plan_key != key:
-            self._plan, self._plan_key = sparse.compile_plan(self), key
+        weights = torch.cat([p.flatten() for p in self.parameters()])  # by value: writes to .data are seen, too
+        planned = self._planned_weights
+        if (
+            planned is None
+            or (planned.dtype, planned.device) != (weights.dtype, weights.device)
+            or not planned.equal(weights)
+        ):
+            self._plan, self._planned_weights = sparse.Plan(self), weights
         return self._plan
 
-    def train(self, mode=True):
-        self._plan = self._plan_key = None
-        return super().train(mode)
-
     def __getstate__(self):  # copies and pickles make their own plan
-        return {**super().__getstate__(), "_plan": None, "_plan_key": None}
+        return {**super().__getstate__(), "_plan": None, "_planned_weights": None}
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -15,13 +15,10 @@ from model.common import Work, conv_macs
 ROWS = 2048  # rows gathered at a time: 2048 x 576 floats stay in the cache
 
 
-def compile_plan(model):
-    """A trained SMSR -> its `Plan`, made from the weights as they are now."""
-    return Plan(model)
-
-
 class Plan:
-    """The whole network. Call with images (N, n_colors, H, W) less their mean, H and W even.
+    """A trained SMSR, compiled from its weights as they are now.
+
+    Call with images (N, n_colors, H, W) less their mean, H and W even.
 
     Returns SR images (N, n_colors, scale H, scale W) and the `Work` they took.
     """
@@ -122,7 +119,7 @@ class LayerPlan:
             source, target = f.view(-1, channels), out.view(-1, channels)[:, self.from_output :]
             for chunk in rows.split(ROWS):
                 gathered = source[(chunk[:, None] + neighbours).flatten()].view(-1, 9 * channels)
-                target[chunk] = F.relu(gathered @ self.full)  # (M, 9C) @ (9C, C') -> (M, C')
+                target[chunk] = F.relu(gathered @ self.full).to(target.dtype)  # (M, 9C) @ (9C, C') -> (M, C')
         return out
 
     def collect(self, f, rows, total):

@@ -1,16 +1,21 @@
 """Fixtures: small networks, small sets of images on the disk, and the reference data where it is at hand."""
 
+import os
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from data.resize import downscale
 from model.smsr import SMSR
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(os.environ.get("SMSR_REFERENCE", Path(__file__).resolve().parents[2] / "shared"))
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

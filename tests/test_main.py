@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from main import main
+from model.inference import chop, self_ensemble
 from trainer import compare
 from utility import InputError, quantize
 
@@ -68,6 +69,26 @@ def test_train_then_go_on_then_test(folder, capsys):
         run("--load run --test_only --resume 7")
 
 
+def test_a_line_that_fails_leaves_the_run_as_it_was(folder):
+    run(f"{TRAIN} --epochs 1")
+    before = {path: path.read_bytes() for path in Path("experiment/run").rglob("*") if path.is_file()}
+    for line, said in (
+        ("--load run --epochs 2 --optimizer SGD", "the run has Adam"),
+        ("--load run --epochs 2 --loss L1+GAN", "--loss"),
+        ("--load run --epochs 2 --scale 3", r"prepare_data\.py|--scale 2"),
+        ("--load run", "has its 1 epochs"),
+    ):
+        with pytest.raises(InputError, match=said):
+            run(line)
+    assert before == {path: path.read_bytes() for path in Path("experiment/run").rglob("*") if path.is_file()}
+
+
+def test_going_on_keeps_the_origin_of_a_run(folder):
+    run(f"{TRAIN} --epochs 1 --pre_train weights.pt")
+    run("--load run --epochs 2")
+    assert json.loads(Path("experiment/run/options.json").read_text())["changed"]["pre_train"] == "weights.pt"
+
+
 def test_going_on_by_command_line_is_exact(folder):
     run(f"{TRAIN} --epochs 2")
     shutil.move("experiment/run", "experiment/whole")
@@ -93,13 +114,21 @@ def test_test_writes_images_metrics_and_a_table(folder, capsys):
     assert f"{metrics['psnr_y']:.2f}" in printed
 
 
-def test_self_ensemble_and_chop(folder):
+def test_self_ensemble_chop_and_precision(folder, tiny):
     run(f"{TEST} --save_results")
     plain = iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png").astype(int)
-    for flags in ("--self_ensemble", "--chop --chop_size 40", "--self_ensemble --chop --precision bf16"):
+    others = []
+    for flags in ("--self_ensemble", "--chop --chop_size 33", "--precision bf16"):
         run(f"{TEST} --save_results --reset {flags}")
-        other = iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png")
-        assert np.abs(plain - other).mean() < 8
+        others.append(iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png"))
+        assert np.abs(plain - others[-1]).mean() < 8
+    lr = torch.from_numpy(iio.imread("data/benchmark/Tiny2/LR_bicubic/X2/img0.png")).permute(2, 0, 1)[None].float()
+    expected, _ = self_ensemble(tiny.eval().inference, lr)
+    assert np.array_equal(others[0], quantize(expected[0], 255))
+    expected, _ = chop(tiny.inference, lr, 2, tile=33)
+    assert np.array_equal(others[1], quantize(expected[0], 255))
+    expected = tiny.bfloat16()(lr.bfloat16())
+    assert np.array_equal(others[2], quantize(expected[0], 255))
 
 
 def test_demo_writes_images_and_says_that_it_does_not_measure(folder, capsys):
@@ -109,6 +138,16 @@ def test_demo_writes_images_and_says_that_it_does_not_measure(folder, capsys):
     assert iio.imread("experiment/check/results-demo-x2/own_x2_SR.png").shape == (40, 48, 3)
     assert "no HR images" in capsys.readouterr().out
     assert json.loads(Path("experiment/check/results-demo-x2/metrics.json").read_text())["psnr_y"] is None
+
+
+@pytest.mark.parametrize("flags", ["--n_colors 1", "--rgb_range 1"])
+def test_grey_images_and_another_range(folder, flags):
+    run(f"{TRAIN} --epochs 2 --lr 1e-3 {flags}")
+    run("--load run --test_only --data_test Tiny2 --resume -1 --save_results")
+    metrics = json.loads(Path("experiment/run/results-Tiny2-x2/metrics.json").read_text())
+    image = iio.imread("experiment/run/results-Tiny2-x2/img0_x2_SR.png")
+    assert image.shape == ((40, 48) if "colors" in flags else (40, 48, 3))
+    assert metrics["psnr_y"] > 15
 
 
 def test_weights_survive_a_reset_of_results(folder):
@@ -145,18 +184,19 @@ def test_edsr_trains_too(folder):
         (f"{TRAIN} --patch_size 30", r"img0\.png: 20x24 .* --patch_size 30"),
         (f"{TRAIN} --data_range 1-3/4-9", "4-9: Tiny holds 4"),
         (f"{TRAIN} --device cuda:9", "--device cuda:9"),
-        ("--load absent", "no run to continue"),
-        ("--load absent --test_only", "no such weights"),
+        (f"{TRAIN} --loss VGG54 --patch_size 4", "VGG54 needs HR patches of 16"),
+        ("--load absent", r"options\.json is not there"),
+        ("--load absent --test_only", r"options\.json is not there"),
         (f"{TEST} --data_test Set5", "no set 'Set5'"),
         (f"{TEST} --scale 4", "--scale 2 and not 4"),
         (f"{TEST} --pre_train absent.pt", r"absent\.pt"),
         (f"{TEST} --pre_train data/Tiny/HR/img0.png", r"img0\.png"),
-        (f"{TEST} --model EDSR", "not weights of EDSR"),
+        (f"{TEST} --model EDSR", "not those of EDSR"),
         (f"{TEST} --n_feats 16", "--n_feats 8 and not 16"),
         (f"{TEST} --n_resblocks 3", "no such size"),
         ("--test_only", "needs weights"),
         (f"{TEST} --data_test demo --dir_demo absent", "absent: no such folder"),
-        (f"{TEST} --save ../up", "--save"),
+        (f"{TEST} --save ../up", "names no run"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_and_leave_nothing(folder, line, said):
@@ -183,7 +223,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder):
 
 
 def started(line):
-    return subprocess.Popen([*MAIN, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [*MAIN, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def wait_for(condition, seconds=120):
@@ -197,7 +239,7 @@ def wait_for(condition, seconds=120):
 def test_ctrl_c_saves_and_says_how_to_go_on(folder):
     process = started(f"{TRAIN.replace('--n_threads 0', '--n_threads 1')} --epochs 100000")
     wait_for(Path("experiment/run/log.csv").exists)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: workers, too
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "python main.py --load run" in printed
@@ -208,12 +250,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder):
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 def test_a_killed_run_leaves_a_checkpoint_that_loads(folder):
-    process = started(f"{TRAIN} --epochs 100000")
-    wait_for(Path("experiment/run/log.csv").exists)
+    process = started(f"{TRAIN} --epochs 100000 --test_every 100000")
+    wait_for(Path("experiment/run/checkpoint.pt").exists)
     process.kill()
     process.communicate()
-    epoch = torch.load("experiment/run/checkpoint.pt", weights_only=True)["epoch"]
-    assert run(f"--load run --epochs {epoch}") == 0
+    assert run("--load run --epochs 1 --test_every 2") == 0
 
 
 def test_the_released_weights_run_on_the_sample_images(tmp_path, monkeypatch):

@@ -39,27 +39,43 @@ def test_templates_set_defaults_that_the_command_line_overrides(name):
 
 
 def test_options_of_a_run_are_defaults_except_those_of_one_call():
-    stored = {"lr": 0.1, "epochs": 5, "reset": True, "pre_train": "a.pt", "cpu": True, "unknown": 1}
+    stored = {"lr": 0.1, "epochs": 5, "reset": True, "pre_train": "a.pt", "cpu": True, "device": "cpu", "unknown": 1}
     args = parse(["--load", "run", "--epochs", "9"], stored)
-    assert (args.lr, args.epochs, args.reset, args.pre_train, args.cpu) == (0.1, 9, False, "", False)
+    assert (args.lr, args.epochs, args.reset, args.pre_train, args.device) == (0.1, 9, False, "", "cpu")
+    assert parse(["--load", "run", "--device", "cuda"], stored).device == "cuda"
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "said"),
     [
-        "--scale 0", "--scale two", "--scale -1", "--patch_size 0", "--batch_size -4", "--n_feats 0", "--epochs 0",
-        "--test_every 0", "--n_threads -1", "--lr 0", "--lr nan", "--lr inf", "--gclip -1", "--split_batch 0",
-        "--chop --chop_size 32", "--decay 0", "--decay a-b", "--data_range 5-1/1-2", "--data_range 1-2-3",
-        "--data_test Set5+", "--data_test Set5+Set5", "--cpu False", "--cpu --device cuda", "--cpu --n_GPUs 1",
-        "--n_GPUs 2", "--resume 3", "--load a --reset", "--load a --pre_train b.pt", "--precision half",
-        "--data_test demo", "--unknown", "--template none", "--ext zip", "--n_colors 2", "--rgb_range 0",
+        ("--scale 0", "--scale: '0' is not a whole number of 1 or more"),
+        ("--scale two", "--scale: 'two'"), ("--scale -1", "--scale: '-1'"), ("--patch_size 0", "--patch_size: '0'"),
+        ("--batch_size -4", "--batch_size"), ("--n_feats 0", "--n_feats"), ("--epochs 0", "--epochs"),
+        ("--test_every 0", "--test_every"), ("--split_batch 0", "--split_batch"), ("--n_threads -1", "--n_threads"),
+        ("--lr 0", "--lr: '0' is not a number above 0"), ("--lr nan", "--lr"), ("--lr inf", "--lr"),
+        ("--gclip -1", "--gclip"), ("--rgb_range 0", "--rgb_range"), ("--betas 1 0.9", "--betas: '1' .* below 1"),
+        ("--seed 99999999999999999999", "--seed"), ("--chop --test_only --chop_size 32", "--chop_size 32"),
+        ("--decay 0", "--decay"), ("--decay a-b", "--decay"), ("--data_range 5-1/1-2", "--data_range"),
+        ("--data_range 1-2-3", "--data_range"), ("--data_test Set5+", "--data_test"), ("--data_test A+A", "--data_test"),  # noqa: E501
+        ("--cpu False", "unrecognized arguments: False"), ("--cpu --device cuda", "--cpu and a GPU"),
+        ("--cpu --n_GPUs 1", "--cpu and a GPU"), ("--n_GPUs 2", "--n_GPUs 2"), ("--resume 3", "--resume"),
+        ("--load a --resume 3", "--resume"), ("--load a --reset", "--reset"), ("--load a --save b", "leave --save b out"),  # noqa: E501
+        ("--load a --pre_train b.pt", "--pre_train"), ("--load a --template GAN", "--template"),
+        ("--precision half", "--precision half"), ("--save_results", "--save_results is for --test_only"),
+        ("--data_test demo", "--test_only"), ("--unknown", "unrecognized arguments: --unknown"),
+        ("--template none", "--template"), ("--ext zip", "--ext"), ("--n_colors 2", "--n_colors"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line(line):
-    with pytest.raises(InputError) as error:
+def test_mistakes_are_one_line_that_names_the_flag(line, said):
+    with pytest.raises(InputError, match=said) as error:
         parse(line.split())
     assert "\n" not in str(error.value)
-    assert line.split()[0].lstrip("-") in str(error.value) or "--" in str(error.value)
+
+
+def test_the_name_of_a_run():
+    assert parse([]).save == "test"
+    assert parse(["--load", "a"]).save == "a"
+    assert parse(["--load", "a", "--save", "a", "--resume", "-1"], {"save": "b", "n_threads": 0}).save == "a"
 
 
 def test_one_gpu_asked_for_means_cuda():

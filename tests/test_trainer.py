@@ -1,5 +1,4 @@
 import math
-import os
 import signal
 
 import numpy as np
@@ -113,7 +112,7 @@ def test_an_interrupt_saves_and_the_run_goes_on_as_if_it_had_not_been(build, sto
     def interrupted_step(*args):
         train_step(*args)
         if stopped.step + 1 == stop_after:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     stopped._train_step = interrupted_step
     before = signal.getsignal(signal.SIGINT)
@@ -128,7 +127,7 @@ def test_an_interrupt_saves_and_the_run_goes_on_as_if_it_had_not_been(build, sto
 
 def test_a_second_interrupt_acts_at_once(build):
     trainer = build()
-    trainer._train_step = lambda *args: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+    trainer._train_step = lambda *args: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(1)
 
@@ -154,11 +153,54 @@ def test_what_a_run_leaves(build):
 
 def test_training_uses_the_temperature_of_the_schedule(build):
     trainer = build()
+    seen = spy_on_forward(trainer)
+    trainer.fit(2)
+    assert [tau for _, tau in seen] == [1.0] * 3 + [0.75] * 3
+
+
+def spy_on_forward(trainer):
     seen = []
     forward = trainer.model.training_forward
-    trainer.model.training_forward = lambda lr, tau: (seen.append(tau), forward(lr, tau))[1]
+    trainer.model.training_forward = lambda lr, tau: (seen.append((lr, tau)), forward(lr, tau))[1]
+    return seen
+
+
+def test_every_epoch_sees_patches_of_its_own(build):
+    trainer = build()
+    seen = spy_on_forward(trainer)
     trainer.fit(2)
-    assert seen == [1.0] * 3 + [0.75] * 3
+    assert len({lr.numpy().tobytes() for lr, _ in seen}) == 6
+
+
+@pytest.mark.parametrize("rgb_range", [1, 255])
+def test_the_network_sees_the_range_it_was_made_for(build, rgb_range):
+    trainer = build(rgb_range=rgb_range)
+    seen = spy_on_forward(trainer)
+    trainer.fit(1)
+    assert rgb_range / 2 < max(lr.max() for lr, _ in seen) <= rgb_range
+
+
+def test_discriminators_follow_the_learning_rate(build):
+    trainer = build(loss="L1+GAN")
+    trainer.fit(2)
+    assert trainer.criterion.terms["GAN"].optimizer.param_groups[0]["lr"] == 5e-4
+
+
+def test_the_best_epoch_is_the_one_of_the_highest_psnr(build, monkeypatch):
+    trainer = build(keep_all=True)
+    values = iter([30.0, 32.0, 31.0, 32.0])
+    monkeypatch.setattr("trainer.headline", lambda metrics: ("psnr_rgb", next(values)))
+    trainer.fit(4)
+    best, second = (torch.load(trainer.experiment.weights_path(which), weights_only=True) for which in ("best", 2))
+    assert all(torch.equal(best[key], second[key]) for key in best)
+
+
+def test_a_run_can_go_on_from_its_very_start(build):
+    trainer = build()
+    trainer._train_step = lambda *args: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(1)
+    assert resumed(build, trainer).fit(1)
 
 
 def test_training_lowers_the_loss(build):
@@ -176,10 +218,12 @@ def test_split_batch_gives_the_gradient_of_the_whole(build, monkeypatch):
         # masks without noise, so that the parts of a batch see what the whole sees
         monkeypatch.setattr("model.smsr.gumbel_softmax", lambda logits, tau, dim: (logits / tau).softmax(dim))
         trainer.model.train()
+        seen = spy_on_forward(trainer)
         lr = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
         trainer._train_step(lr, lr.repeat_interleave(2, 2).repeat_interleave(2, 3), 1.0, 0.1)
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
         losses = trainer.totals["loss"]
+        assert len(seen) == split
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-3, atol=1e-5)
     assert losses == pytest.approx(trainer.totals["loss_L1"] + 0.1 * trainer.totals["active"], rel=1e-5)
@@ -223,6 +267,19 @@ def test_another_optimizer_or_loss_cannot_go_on(build):
     trainer.fit(1)
     with pytest.raises(InputError, match="--loss"):
         resumed(build, trainer, loss="L1+GAN")
+    fresh = build()
+    fresh.optimizer = build_optimizer("SGD", fresh.model.parameters(), 0.1)
+    with pytest.raises(InputError, match="the run has Adam"):
+        fresh.load_state(trainer.experiment.load_checkpoint())
+
+
+def test_options_of_the_optimizer_are_those_asked_for(build):
+    trainer = build()
+    trainer.fit(1)
+    fresh = build()
+    fresh.optimizer = build_optimizer("ADAM", fresh.model.parameters(), 0.1, weight_decay=0.5)
+    fresh.load_state(trainer.experiment.load_checkpoint())
+    assert fresh.optimizer.param_groups[0]["weight_decay"] == 0.5
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -266,5 +323,6 @@ def test_images_without_hr_are_run_and_not_measured(make_set, tiny):
     folder = make_set() / "Tiny/LR_bicubic/X2"
     (images,) = build_test_sets(["demo"], "", 2, dir_demo=str(folder))
     metrics = evaluate(tiny, images)
+    assert "nan" not in " ".join(table(metrics))
     assert math.isnan(metrics["psnr_y"])
     assert metrics["n_images"] == 3

@@ -11,11 +11,11 @@ from skimage.metrics import peak_signal_noise_ratio
 from utility import (
     Experiment,
     InputError,
+    logger,
     luma,
     pick_device,
     psnr,
     quantize,
-    read_options,
     save_torch,
     shave,
     ssim,
@@ -104,18 +104,39 @@ def test_json_is_strict(tmp_path):
 
 
 def test_options_round_trip_and_mark_what_differs(tmp_path):
-    write_options(tmp_path / "options.json", {"lr": 2e-4, "decay": [100]}, {"lr": 2e-4, "decay": [200]})
-    assert json.loads((tmp_path / "options.json").read_text())["changed"] == {"decay": [100]}
-    assert read_options(tmp_path / "options.json") == {"lr": 2e-4, "decay": [100]}
-    assert read_options(tmp_path / "absent.json") == {}
-    (tmp_path / "options.json").write_text("[")
-    with pytest.raises(InputError, match="no options file"):
-        read_options(tmp_path / "options.json")
+    run = Experiment("run", tmp_path)
+    run.start()
+    path = run.folder / "options.json"
+    with pytest.raises(InputError, match=r"options\.json is not there"):
+        run.load_options()
+    write_options(path, {"lr": 2e-4, "decay": [100]}, {"lr": 2e-4, "decay": [200]})
+    assert json.loads(path.read_text())["changed"] == {"decay": [100]}
+    assert run.load_options() == {"lr": 2e-4, "decay": [100]}
+    path.write_text("[")
+    with pytest.raises(InputError, match=r"options\.json is not there or broken"):
+        run.load_options()
+
+
+def test_grey_and_rgb_images_have_the_same_luma():
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    np.testing.assert_allclose(luma(grey), luma(grey.repeat(3, 2)))
+
+
+def test_a_log_ends_with_its_run(tmp_path, caplog):
+    run = Experiment("run", tmp_path)
+    run.start()
+    caplog.set_level("INFO")
+    with run.logging():
+        logger.info("within")
+    logger.info("after")
+    text = (run.folder / "log.txt").read_text()
+    assert "within" in text
+    assert "after" not in text
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../up", "a/b", "a\\b", "/root", "~"])
 def test_a_run_has_a_plain_name(name, tmp_path):
-    with pytest.raises(InputError, match="--save"):
+    with pytest.raises(InputError, match="names no run"):
         Experiment(name, tmp_path)
 
 
@@ -143,10 +164,14 @@ def test_a_broken_checkpoint_is_named(tmp_path):
     run = Experiment("run", tmp_path)
     with pytest.raises(InputError, match="no run to continue"):
         run.load_checkpoint()
-    save_torch(run.folder / "checkpoint.pt", {"epoch": 3})
-    assert run.load_checkpoint() == {"epoch": 3}
+    state = {"epoch": 3, "model": {}, "optimizer": {}}
+    save_torch(run.folder / "checkpoint.pt", state)
+    assert run.load_checkpoint() == state
+    save_torch(run.folder / "checkpoint.pt", {"head.0.weight": torch.zeros(1)})
+    with pytest.raises(InputError, match="no checkpoint of a run"):
+        run.load_checkpoint()
     (run.folder / "checkpoint.pt").write_bytes(b"broken")
-    with pytest.raises(InputError, match="is broken"):
+    with pytest.raises(InputError, match=r"--pre_train .*model_latest"):
         run.load_checkpoint()
 
 
@@ -159,7 +184,7 @@ def test_history_is_written_as_a_table_and_as_curves(tmp_path):
     assert all((run.folder / f"{name}.png").stat().st_size > 1000 for name in ("loss", "psnr", "active_share"))
 
 
-def test_devices(capsys):
+def test_devices():
     assert pick_device("cpu") == torch.device("cpu")
     for name in ("cuda:99", "nonsense"):
         with pytest.raises(InputError, match=f"--device {name}"):

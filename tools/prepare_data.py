@@ -5,7 +5,7 @@
     python tools/prepare_data.py benchmark --hr DIR --name NAME --scales 2 3 4 --out testsets
         -> OUT/benchmark/NAME/...
 
-HR images are cut to a multiple of all scales. What is there already stays as it is.
+HR images are cut to a multiple of all scales. What is there already stays as it is, also where its source changed.
 """
 
 import argparse
@@ -49,16 +49,19 @@ def prepare(hr_folders, root, scales):
         if min(image_size(path)) < multiple:
             raise InputError(f"{path}: is smaller than {multiple} pixels; take it out")
         hr = root / "HR" / f"{name}.png"
-        lr = {scale: root / "LR_bicubic" / f"X{scale}" / f"{name}.png" for scale in scales}
+        lr = {scale: root / "LR_bicubic" / f"X{scale}" for scale in scales}
         if path.parent.resolve() != hr.parent.resolve():
             if not hr.exists():
                 _write(hr, crop_to_multiple(read_image(path), multiple))
             path = hr  # LR is made of the HR image as it lies there
-        missing = {scale: target for scale, target in lr.items() if not target.exists()}
-        if missing:
-            image = read_image(path)
-            for scale, target in missing.items():
-                _write(target, downscale(crop_to_multiple(image, scale), scale))
+        missing = [scale for scale, folder in lr.items() if not _has_image(folder, name, scale)]
+        image = read_image(path) if missing else None
+        for scale in missing:
+            _write(lr[scale] / f"{name}.png", downscale(crop_to_multiple(image, scale), scale))
+
+
+def _has_image(folder, name, scale):
+    return any((folder / f"{name}{suffix}.png").exists() for suffix in ("", f"x{scale}"))
 
 
 def _write(path, image):

@@ -13,7 +13,7 @@ def rgb():
     return np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("ending", ["png", "bmp", "tif", "ppm", "gif"])
+@pytest.mark.parametrize("ending", ["png", "bmp", "tif", "ppm", "gif", "jp2"])
 def test_lossless_kinds_are_read_exactly(tmp_path, ending):
     image = np.full((6, 9, 3), (10, 200, 30), np.uint8)
     Image.fromarray(image).save(tmp_path / f"a.{ending}")
@@ -48,19 +48,29 @@ def test_alpha_is_dropped(tmp_path, rgb):
     assert np.array_equal(read_image(tmp_path / "a.png"), rgb)
 
 
-def test_exif_rotation_is_applied(tmp_path, rgb):
+TURNS = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("ending", ["png", "tif", "jpg", "webp"])
+def test_exif_rotation_is_applied(tmp_path, rgb, orientation, ending):
+    path = tmp_path / f"a.{ending}"
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
-    Image.fromarray(rgb).save(tmp_path / "a.png", exif=exif)
-    image = read_image(tmp_path / "a.png")
-    assert image.shape == (9, 6, 3)
-    assert image_size(tmp_path / "a.png") == (9, 6)
-    assert np.array_equal(image, np.rot90(rgb, -1))
-
-
-def test_size_without_rotation(tmp_path, rgb):
-    iio.imwrite(tmp_path / "a.png", rgb)
-    assert image_size(tmp_path / "a.png") == (6, 9)
+    exif[0x0112] = orientation
+    Image.fromarray(rgb).save(path, exif=exif, **({"lossless": True} if ending == "webp" else {}))
+    image = read_image(path)
+    assert image.shape[:2] == image_size(path) == ((9, 6) if orientation >= 5 else (6, 9))
+    if ending != "jpg":
+        assert np.array_equal(image, TURNS[orientation](rgb))
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path, rgb):

@@ -4,7 +4,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from data import build_test_sets, find_set, take_range
+from data import build_test_sets, build_train_loader, find_set, take_range
 from data.srdata import WholeImages
 from utility import InputError
 
@@ -41,9 +41,18 @@ def test_div2k_as_published_and_as_any_set(make_set):
 def test_ranges_count_from_one_and_include_both_ends(make_set):
     images = find_set("Tiny", make_set(count=5), 2)
     assert list(take_range(images, (2, 3)).pairs) == ["img1", "img2"]
-    assert take_range(images, None) is images
     with pytest.raises(InputError, match="4-9: Tiny holds 5"):
         take_range(images, (4, 9))
+
+
+def test_div2k_is_tested_on_the_images_of_edsr_by_their_number(make_set):
+    root = make_set("DIV2K", count=4)
+    for old, new in zip(range(4), ("0800", "0801", "0810", "0811"), strict=True):
+        for folder in ("HR", "LR_bicubic/X2"):
+            (root / f"DIV2K/{folder}/img{old}.png").rename(root / f"DIV2K/{folder}/{new}.png")
+    (images,) = build_test_sets(["DIV2K"], root, 2)
+    assert images.names == ["0801", "0810"]
+    assert len(build_train_loader(["DIV2K"], root, 2, patch_size=8, ext="img", n_threads=0).dataset) == 1
 
 
 def test_ranges_leave_benchmark_sets_alone(make_set):

@@ -47,7 +47,7 @@ def test_penalty_of_a_linear_critic_is_known():
 def test_a_call_trains_the_discriminator_and_leaves_gradients_in_the_images_alone(kind):
     loss = Adversarial(kind, k=2, lr=1e-3)
     before = copy.deepcopy(loss.discriminator.state_dict())
-    sr, hr = (torch.rand(2, 3, 16, 16) * 255).requires_grad_(), torch.rand(2, 3, 16, 16) * 255
+    sr, hr = (torch.rand(1, 3, 32, 32) * 255).requires_grad_(), torch.rand(1, 3, 32, 32) * 255
     value = loss(sr, hr)
     loss.optimizer.zero_grad()
     value.backward()
@@ -59,6 +59,7 @@ def test_a_call_trains_the_discriminator_and_leaves_gradients_in_the_images_alon
         assert all(p.abs().max() <= CLIP for p in loss.discriminator.parameters())
     has_norm = any(isinstance(layer, torch.nn.BatchNorm2d) for layer in loss.discriminator)
     assert has_norm == (kind != "WGAN_GP")
+    assert loss.optimizer.param_groups[0]["betas"] == ((0.0, 0.9) if kind == "WGAN_GP" else (0.9, 0.999))
 
 
 def test_the_discriminator_learns_to_tell():

@@ -23,7 +23,8 @@ def test_a_name_alone_weighs_one():
     [
         ("L2", "no such loss 'L2'; there are L1, MSE, VGG22"),
         ("1*L1+", "no such loss ''"),
-        ("x*L1", "'x' of L1 is no number"),
+        ("x*L1", "weight of L1 is no number"),
+        ("nan*L1", "weight of L1 is no number"),
         ("1*L1+2*L1", "twice"),
         ("", "no such loss"),
     ],
@@ -31,6 +32,12 @@ def test_a_name_alone_weighs_one():
 def test_mistakes_are_named(text, said):
     with pytest.raises(InputError, match=said.replace("*", r"\*")):
         build_loss(text)
+
+
+@pytest.mark.parametrize("name", ["VGG54", "GAN"])
+def test_patches_must_not_be_too_small(name):
+    with pytest.raises(InputError, match=f"{name} needs HR patches"):
+        build_loss(name, hr_size=8)
 
 
 def test_vgg_is_for_rgb():

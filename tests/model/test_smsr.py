@@ -73,7 +73,11 @@ def test_gumbel_softmax_is_nearer_to_one_hot_the_colder_it_is():
 @pytest.mark.parametrize("drawn", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gumbel_noise_is_finite_at_both_ends(monkeypatch, drawn, dtype):
-    monkeypatch.setattr(torch, "rand", lambda shape, **kwargs: torch.full(shape, drawn))
+    def rand(shape, dtype=torch.float32, device=None):
+        assert dtype == torch.float32  # whatever the precision of the logits
+        return torch.full(shape, drawn)
+
+    monkeypatch.setattr(torch, "rand", rand)
     logits = torch.zeros(3, 2, dtype=dtype, requires_grad=True)
     sample = gumbel_softmax(logits, 0.4, dim=1)
     sample[:, 0].sum().backward()
