@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 
 import torch
 
@@ -211,7 +212,7 @@ def seed(text):
 
 def names(text):
     found = text.split("+")
-    if not all(found) or len(set(found)) < len(found):
+    if not all(re.fullmatch(r"[\w.-]*\w[\w.-]*", name) for name in found) or len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of sets such as Set5+Set14")
     return found
 

@@ -294,25 +294,26 @@ def evaluate(model, images, run=None, rgb_range=255, save=None, warm_up=True):
     run = run or model.inference
     parameter = next(model.parameters())
     rows, works = [], []
-    for index in tqdm(range(len(images)), desc=images.name, unit="image", leave=False):
-        name, lr, hr = images[index]
-        x = lr[None].to(parameter.device, parameter.dtype) * (rgb_range / 255)
-        if warm_up and index == 0:
-            run(x)
-        synchronize(parameter.device)
-        started = time.perf_counter()
-        sr, work = run(x)
-        synchronize(parameter.device)
-        seconds = time.perf_counter() - started
-        sr = quantize(sr[0], rgb_range)
-        if save:
-            save(name, sr)
-        works.append(work)
-        rows.append(
-            {"name": name, "lr_shape": list(lr.shape[1:])}
-            | compare(sr, hr, images.scale, rgb=not images.benchmark)
-            | {"seconds": seconds, "mask_density": work.mask_density, "active_share": work.active_share}
-        )
+    with tqdm(range(len(images)), desc=images.name, unit="image", leave=False) as progress:
+        for index in progress:
+            name, lr, hr = images[index]
+            x = lr[None].to(parameter.device, parameter.dtype) * (rgb_range / 255)
+            if warm_up and index == 0:
+                run(x)
+            synchronize(parameter.device)
+            started = time.perf_counter()
+            sr, work = run(x)
+            synchronize(parameter.device)
+            seconds = time.perf_counter() - started
+            sr = quantize(sr[0], rgb_range)
+            if save:
+                save(name, sr)
+            works.append(work)
+            rows.append(
+                {"name": name, "lr_shape": list(lr.shape[1:])}
+                | compare(sr, hr, images.scale, rgb=not images.benchmark)
+                | {"seconds": seconds, "mask_density": work.mask_density, "active_share": work.active_share}
+            )
 
     def mean(values):
         return sum(values) / len(rows)

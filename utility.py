@@ -42,6 +42,14 @@ def run_program(main):
             raise
         print(f"error: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:  # on a CPU PyTorch raises a plain RuntimeError
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(
+            "error: out of memory; smaller --batch_size, --patch_size or --n_feats, or --chop, need less",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -61,7 +69,7 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
+    except Exception:  # each kind of device fails in a way of its own
         raise InputError(f"--device {name}: there is no such device here; use --device cpu or auto") from None
     return device
 
@@ -255,6 +263,8 @@ class Experiment:
         return state
 
     def load_options(self):
+        if not self.folder.is_dir():
+            raise InputError(f"--load {self.name}: there is no run in {self.folder}; start one with --save")
         path = self.folder / "options.json"
         try:
             return json.loads(path.read_text(encoding="utf-8"))["options"]

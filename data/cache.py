@@ -25,10 +25,10 @@ def prepare(paths, root, kind, n_colors=3):
     """Image paths below the folder `root` -> as many sources for `open_image`. Raises InputError."""
     if kind == "img":
         return list(paths)
-    progress = tqdm(paths, desc=f"cache {root.name}", unit="image", leave=False)
-    if kind == "bin":
-        return [read_image(path, n_colors) for path in progress]
-    return [_cached(path, root, n_colors, anew=kind == "sep_reset") for path in progress]
+    with tqdm(paths, desc=f"cache {root.name}", unit="image", leave=False) as progress:
+        if kind == "bin":
+            return [read_image(path, n_colors) for path in progress]
+        return [_cached(path, root, n_colors, anew=kind == "sep_reset") for path in progress]
 
 
 def open_image(source, n_colors=3):

@@ -57,6 +57,7 @@ def test_options_of_a_run_are_defaults_except_those_of_one_call():
         ("--seed 99999999999999999999", "--seed"), ("--chop --test_only --chop_size 32", "--chop_size 32"),
         ("--decay 0", "--decay"), ("--decay a-b", "--decay"), ("--data_range 5-1/1-2", "--data_range"),
         ("--data_range 1-2-3", "--data_range"), ("--data_test Set5+", "--data_test"), ("--data_test A+A", "--data_test"),  # noqa: E501
+        ("--data_test ../Set5", "--data_test"), ("--data_train ..", "--data_train"),
         ("--cpu False", "unrecognized arguments: False"), ("--cpu --device cuda", "--cpu and a GPU"),
         ("--cpu --n_GPUs 1", "--cpu and a GPU"), ("--n_GPUs 2", "--n_GPUs 2"), ("--resume 3", "--resume"),
         ("--load a --resume 3", "--resume"), ("--load a --reset", "--reset"), ("--load a --save b", "leave --save b out"),  # noqa: E501

@@ -45,19 +45,20 @@ def prepare(hr_folders, root, scales):
     if not sources:
         raise InputError(f"--hr {' '.join(map(str, hr_folders))}: no images there")
     multiple = math.lcm(*scales)
-    for name, path in tqdm(sources.items(), desc=root.name, unit="image"):
-        if min(image_size(path)) < multiple:
-            raise InputError(f"{path}: is smaller than {multiple} pixels; take it out")
-        hr = root / "HR" / f"{name}.png"
-        lr = {scale: root / "LR_bicubic" / f"X{scale}" for scale in scales}
-        if path.parent.resolve() != hr.parent.resolve():
-            if not hr.exists():
-                _write(hr, crop_to_multiple(read_image(path), multiple))
-            path = hr  # LR is made of the HR image as it lies there
-        missing = [scale for scale, folder in lr.items() if not _has_image(folder, name, scale)]
-        image = read_image(path) if missing else None
-        for scale in missing:
-            _write(lr[scale] / f"{name}.png", downscale(crop_to_multiple(image, scale), scale))
+    with tqdm(sources.items(), desc=root.name, unit="image") as progress:
+        for name, path in progress:
+            if min(image_size(path)) < multiple:
+                raise InputError(f"{path}: is smaller than {multiple} pixels; take it out")
+            hr = root / "HR" / f"{name}.png"
+            lr = {scale: root / "LR_bicubic" / f"X{scale}" for scale in scales}
+            if path.parent.resolve() != hr.parent.resolve():
+                if not hr.exists():
+                    _write(hr, crop_to_multiple(read_image(path), multiple))
+                path = hr  # LR is made of the HR image as it lies there
+            missing = [scale for scale, folder in lr.items() if not _has_image(folder, name, scale)]
+            image = read_image(path) if missing else None
+            for scale in missing:
+                _write(lr[scale] / f"{name}.png", downscale(crop_to_multiple(image, scale), scale))
 
 
 def _has_image(folder, name, scale):
