@@ -44,7 +44,7 @@ def train(args, stored):
         experiment.check_start(args.reset, keep=args.pre_train)
     device = pick_device(args.device)
     weights = state["model"] if state else read_weights(args.pre_train) if args.pre_train else None
-    model = make_model(args, weights).to(device, memory_format=torch.channels_last)
+    model = make_model(args, weights, args.pre_train or args.load).to(device, memory_format=torch.channels_last)
     criterion = build_loss(
         args.loss, args.n_colors, args.rgb_range, args.vgg_weights, args.patch_size * args.scale,
         k=args.gan_k, lr=args.lr, betas=args.betas, eps=args.epsilon, weight_decay=args.weight_decay,
@@ -75,7 +75,9 @@ def train(args, stored):
     with experiment.logging(), logging_redirect_tqdm():
         logger.info(f"{args.model} x{args.scale}, {n_parameters:,} parameters, {len(loader.dataset)} images, {device}")
         finished = trainer.fit(args.epochs)
-        if not finished:
+        if finished:
+            logger.info(f"written to {experiment.folder}")
+        else:
             logger.info(f"go on with: python main.py --load {args.save}")
     return 0 if finished else INTERRUPTED
 
@@ -88,7 +90,7 @@ def test(args):
     if not path:
         raise InputError("--test_only needs weights: give --pre_train FILE, or --load NAME for those of a run")
     device = pick_device(args.device)
-    model = make_model(args, read_weights(path))
+    model = make_model(args, read_weights(path), path)
     model = model.to(device, option.PRECISIONS[args.precision], memory_format=torch.channels_last)
     run = model.inference
     if args.chop:
@@ -116,9 +118,9 @@ def test(args):
     return 0
 
 
-def make_model(args, weights):
+def make_model(args, weights, origin):
     return build_model(
-        args.model, weights, scale=args.scale, n_colors=args.n_colors, rgb_range=args.rgb_range,
+        args.model, weights, origin, scale=args.scale, n_colors=args.n_colors, rgb_range=args.rgb_range,
         n_feats=args.n_feats, n_blocks=args.n_blocks, n_layers=args.n_layers,
         n_resblocks=args.n_resblocks, res_scale=args.res_scale,
     )  # fmt: skip

@@ -210,9 +210,15 @@ def seed(text):
     return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number of 0 or more")
 
 
+def plain_name(text):
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of letters, digits and . _ -")
+    return text
+
+
 def names(text):
-    found = text.split("+")
-    if not all(re.fullmatch(r"[\w.-]*\w[\w.-]*", name) for name in found) or len(set(found)) < len(found):
+    found = [plain_name(part) for part in text.split("+")]
+    if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of sets such as Set5+Set14")
     return found
 

@@ -267,7 +267,7 @@ class Experiment:
             raise InputError(f"--load {self.name}: there is no run in {self.folder}; start one with --save")
         path = self.folder / "options.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))["options"]
+            return dict(json.loads(path.read_text(encoding="utf-8"))["options"])
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"--load {self.name}: {path} is not there or broken, so its options are unknown") from None
 

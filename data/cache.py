@@ -36,7 +36,10 @@ def open_image(source, n_colors=3):
     if isinstance(source, np.ndarray):
         return source
     if source.suffix == ".npy":
-        return np.load(source, mmap_mode="r")
+        try:
+            return np.load(source, mmap_mode="r")
+        except (ValueError, EOFError):
+            raise InputError(f"{source}: is broken; --ext sep_reset makes it anew") from None
     return read_image(source, n_colors)
 
 

@@ -32,8 +32,9 @@ def image_size(path):
     """(height, width) as `read_image` gives them, from the head of the file alone."""
     with _open(path) as image:
         width, height = image.size
-        # Pillow turns the size of a TIFF by itself.
-        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION) in TURNED
+        # Pillow turns the size of a TIFF by itself, and looks for EXIF behind the pixels of a PNG, decoding them all.
+        looked_for = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        turned = looked_for and image.getexif().get(ORIENTATION) in TURNED
     return (width, height) if turned else (height, width)
 
 

@@ -92,7 +92,7 @@ class WholeImages(Dataset):
 
     def __init__(self, images, scale, n_colors=3):
         if not images.pairs:
-            raise InputError(f"--data_test {images.name}: {images.root} holds no images")
+            raise InputError(f"--data_test {images.name}: {images.root} holds no images to test on; see --data_range")
         self.name, self.benchmark = images.name, images.benchmark
         self.names, self.paths = list(images.pairs), list(images.pairs.values())
         self.scale, self.n_colors = scale, n_colors

@@ -11,12 +11,13 @@ from utility import InputError
 MODELS = {"SMSR": SMSR, "EDSR": EDSR}
 
 
-def build_model(name, state_dict=None, **sizes):
+def build_model(name, state_dict=None, origin="the weights", **sizes):
     """Build the network `name`, with the weights of `state_dict` if there is one.
 
     Args:
         name: a key of MODELS
         state_dict: weights as `read_weights` gives them; sizes that are not asked for are taken from their shapes
+        origin: where they are from, for error messages
         sizes: constructor arguments of the network; None stands for its default
 
     Raises:
@@ -34,13 +35,13 @@ def build_model(name, state_dict=None, **sizes):
     try:
         inferred = network.hyperparameters(state_dict)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise InputError(f"the weights are not those of {name}: {error} is not among them") from None
+        raise InputError(f"{origin}: not those of {name} ({error} is not among them)") from None
     differing = [key for key in inferred if sizes.get(key, inferred[key]) != inferred[key]]
     if differing:
         found = ", ".join(f"--{key} {inferred[key]} and not {sizes[key]}" for key in differing)
-        raise InputError(f"the weights are of {name} with {found}")
+        raise InputError(f"{origin}: of {name} with {found}")
     model = _construct(network, {**inferred, **sizes})
-    load_weights(model, state_dict)
+    load_weights(model, state_dict, origin)
     return model
 
 
@@ -57,10 +58,10 @@ def load_model(path, name="SMSR", **sizes):
     Sizes are read from the shapes of the weights. What no shape tells (rgb_range, EDSR's res_scale) is as in
     training: give it in `sizes` where it is not the default.
     """
-    return build_model(name, read_weights(path), **sizes).eval()
+    return build_model(name, read_weights(path), str(path), **sizes).eval()
 
 
-def load_weights(model, state_dict):
+def load_weights(model, state_dict, origin="the weights"):
     """Load all weights or none; InputError names every key and shape that does not fit."""
     own = model.state_dict()
     problems = [f"{key} is missing" for key in own if key not in state_dict]
@@ -71,7 +72,7 @@ def load_weights(model, state_dict):
         if key in state_dict and state_dict[key].shape != own[key].shape
     ]
     if problems:
-        raise InputError(f"the weights do not fit {type(model).__name__}: {'; '.join(problems)}")
+        raise InputError(f"{origin}: do not fit {type(model).__name__}: {'; '.join(problems)}")
     model.load_state_dict(state_dict)
 
 

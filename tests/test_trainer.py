@@ -46,6 +46,14 @@ def test_learning_rate_at_milestones():
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as it is at a terminal, also where the tests run in the background and inherit that it is ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -103,7 +111,7 @@ def test_one_and_one_epoch_are_bit_for_bit_two(build, loss):
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_an_interrupt_saves_and_the_run_goes_on_as_if_it_had_not_been(build, stop_after, caplog):
+def test_an_interrupt_saves_and_the_run_goes_on_as_if_it_had_not_been(build, stop_after, interruptible):
     whole = build("whole")
     whole.fit(2)
     stopped = build("stopped")
@@ -125,7 +133,7 @@ def test_an_interrupt_saves_and_the_run_goes_on_as_if_it_had_not_been(build, sto
     assert other.history[0]["loss"] == whole.history[0]["loss"]
 
 
-def test_a_second_interrupt_acts_at_once(build):
+def test_a_second_interrupt_acts_at_once(build, interruptible):
     trainer = build()
     trainer._train_step = lambda *args: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
     with pytest.raises(KeyboardInterrupt):

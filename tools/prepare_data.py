@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.image import image_size, list_images, read_image
 from data.resize import crop_to_multiple, downscale
-from option import Parser, positive_int
+from option import Parser, plain_name, positive_int
 from utility import InputError, run_program, write_whole
 
 
@@ -28,7 +28,7 @@ def parse(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("train", "benchmark"), help="a set to train on, or one to measure on")
     parser.add_argument("--hr", type=Path, nargs="+", required=True, help="folders of HR images of any kind")
-    parser.add_argument("--name", required=True, help="of the set")
+    parser.add_argument("--name", type=plain_name, required=True, help="of the set")
     parser.add_argument("--scales", type=positive_int, nargs="+", required=True, help="such as 2 3 4")
     parser.add_argument("--out", type=Path, required=True, help="where to write; then main.py's --dir_data")
     return parser.parse_args(argv)

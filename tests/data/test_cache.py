@@ -6,6 +6,7 @@ import pytest
 
 from data import cache
 from data.image import read_image
+from utility import InputError
 
 
 @pytest.fixture
@@ -34,6 +35,8 @@ def test_sep_reset_makes_anew(paths):
     root = paths[0].parents[1]
     (source, *_) = cache.prepare(paths, root, "sep")
     source.write_bytes(b"broken")
+    with pytest.raises(InputError, match="--ext sep_reset"):
+        cache.open_image(source)
     cache.prepare(paths, root, "sep_reset")
     assert np.array_equal(cache.open_image(source), read_image(paths[0]))
 

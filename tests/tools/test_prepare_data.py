@@ -57,3 +57,5 @@ def test_mistakes_are_named(photos, tmp_path):
     refuse("no such folder", str(tmp_path / "absent"))
     refuse(r"small\.png: is smaller than 4", str(tmp_path), scales="4")
     refuse("whole number", str(photos), scales="0")
+    with pytest.raises(InputError, match="--name"):
+        main(["train", "--hr", str(photos), "--name", "../up", "--scales", "2", "--out", str(tmp_path / "out")])
