@@ -61,19 +61,7 @@ def find(root, name, scale, benchmark):
     """The set in <root>, whose HR images lie in <root>/HR. Raises InputError."""
     out = root.parent.parent if benchmark else root.parent
     kind = "benchmark" if benchmark else "train"
-    parts = [
-        "python",
-        "tools/prepare_data.py",
-        kind,
-        "--hr",
-        root / "HR",
-        "--name",
-        name,
-        "--scales",
-        scale,
-        "--out",
-        out,
-    ]
-    maker = " ".join(shlex.quote(str(part)) for part in parts)
+    where = ["--hr", str(root / "HR"), "--name", name, "--scales", str(scale), "--out", str(out)]
+    maker = shlex.join(["python", "tools/prepare_data.py", kind, *where])
     pairs = pair_up(root / "HR", root / "LR_bicubic" / f"X{scale}", scale, maker)
     return ImageSet(name, root, pairs, benchmark)

@@ -25,12 +25,16 @@ class Patches(Dataset):
         seed: >= 0
 
     Raises:
-        InputError: there is no image, one is smaller than a patch, or a file is broken
+        InputError: a set holds no image, one is smaller than a patch, or a file is broken
     """
 
     def __init__(self, sets, scale, patch_size=96, augment=True, n_colors=3, ext="sep", seed=1):
         self.scale, self.patch_size, self.augment, self.n_colors, self.seed = scale, patch_size, augment, n_colors, seed
         for images in sets:
+            if not images.pairs:
+                raise InputError(
+                    f"--data_train {images.name}: {images.root} holds no images to train on; see --data_range"
+                )
             for _, lr in images.pairs.values():
                 height, width = image_size(lr)
                 if min(height, width) < patch_size:
@@ -38,9 +42,6 @@ class Patches(Dataset):
                         f"{lr}: {height}x{width} pixels are smaller than --patch_size {patch_size}; "
                         f"take smaller patches or the image out"
                     )
-        hr = [path for images in sets for path, _ in images.pairs.values()]
-        if not hr:
-            raise InputError(f"--data_train {'+'.join(images.name for images in sets)}: holds no images")
         self.hr, self.lr = [], []
         for images in sets:
             hr, lr = zip(*images.pairs.values(), strict=True)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+MEAN_SHIFTS = ("sub_mean.", "add_mean.")  # constants, kept as convolutions in published checkpoints, not here
 DIV2K_RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of the DIV2K training set, images in 0...1
 
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import nn
 
-from model.common import Work, conv3x3, conv_macs, mean_color
+from model.common import MEAN_SHIFTS, Work, conv3x3, conv_macs, mean_color
 
 
 class ResBlock(nn.Module):
@@ -99,4 +99,4 @@ class EDSR(nn.Module):
     @staticmethod
     def translate(state_dict):
         """Drop the mean shifts that published checkpoints keep as convolutions; other keys are ours already."""
-        return {key: value for key, value in state_dict.items() if not key.startswith(("sub_mean.", "add_mean."))}
+        return {key: value for key, value in state_dict.items() if not key.startswith(MEAN_SHIFTS)}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import sparse
-from model.common import conv3x3, mean_color, pad_to_multiple
+from model.common import MEAN_SHIFTS, conv3x3, mean_color, pad_to_multiple
 
 SPARSE, IMPORTANT = 0, 1  # index into the two spatial logits of a pixel
 DENSE = 0  # index into the two channel logits of a channel
@@ -204,10 +204,9 @@ class SMSR(nn.Module):
     @staticmethod
     def translate(state_dict):
         """Rename the keys of the published checkpoints to ours; other keys stay as they are."""
-        return {_rename(key): value for key, value in state_dict.items() if not key.startswith(_MEAN_SHIFTS)}
+        return {_rename(key): value for key, value in state_dict.items() if not key.startswith(MEAN_SHIFTS)}
 
 
-_MEAN_SHIFTS = ("sub_mean.", "add_mean.")  # constants, kept as convolutions in published checkpoints
 _PUBLISHED_KEYS = (
     (r"^body\.(\d+)\.spa_mask\.", r"blocks.\1.spatial_mask."),
     (r"^body\.(\d+)\.body\.ch_mask$", r"blocks.\1.channel_logits"),

@@ -77,10 +77,13 @@ class BlockPlan:
         n, _, height, width = x.shape
         mask = self.block.hard_spatial_mask(x)  # (N, 1, H, W)
         rows = F.pad(mask[:, 0], (1, 1, 1, 1)).flatten().nonzero()[:, 0]  # (M,), into the bordered features
+        line = width + 2
+        offsets = torch.tensor([dy * line + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)], device=x.device)
+        neighbours = rows[:, None] + offsets  # (M, 9)
         f = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (N, H + 2, W + 2, C)
         collected = torch.zeros_like(f)
         for layer in self.layers:
-            f = layer(f, rows)
+            f = layer(f, rows, neighbours)
             layer.collect(f, rows, collected)
         collected = collected[:, 1:-1, 1:-1].permute(0, 3, 1, 2) + self.block.collect.bias.view(1, -1, 1, 1)
         return x + self.block.attention(collected), self._work(n * height * width, len(rows))
@@ -107,18 +110,20 @@ class LayerPlan:
         self.full = weight[self.from_output :].permute(2, 3, 1, 0).flatten(0, 2).contiguous()  # (9C, C'), tap by tap
         self.collect_dense, self.collect_sparse = collect[:n_out], collect[n_out:]
 
-    def __call__(self, f, rows):
-        """Bordered features (N, H + 2, W + 2, C) and the rows of important pixels (M,) -> bordered features."""
+    def __call__(self, f, rows, neighbours):
+        """Bordered features (N, H + 2, W + 2, C) -> bordered features.
+
+        rows (M,) are the important pixels, neighbours (M, 9) the rows of the 3x3 pixels around each of them.
+        """
         out = torch.zeros_like(f)
         if self.thin.numel():
             dense = F.conv2d(f[..., : self.n_in].permute(0, 3, 1, 2), self.thin)  # the border is the padding
             out[:, 1:-1, 1:-1, : self.n_out] = F.relu(dense).permute(0, 2, 3, 1)
         if self.full.numel():
-            line, channels = f.shape[2], f.shape[3]
-            neighbours = torch.tensor([dy * line + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)], device=f.device)
+            channels = f.shape[3]
             source, target = f.view(-1, channels), out.view(-1, channels)[:, self.from_output :]
-            for chunk in rows.split(ROWS):
-                gathered = source[(chunk[:, None] + neighbours).flatten()].view(-1, 9 * channels)
+            for chunk, around in zip(rows.split(ROWS), neighbours.split(ROWS), strict=True):
+                gathered = source[around.flatten()].view(-1, 9 * channels)
                 target[chunk] = F.relu(gathered @ self.full).to(target.dtype)  # (M, 9C) @ (9C, C') -> (M, C')
         return out
 

@@ -138,3 +138,5 @@ def test_several_sets_are_joined_and_none_is_an_error(make_set):
     make_set("Empty", count=0)
     with pytest.raises(InputError, match="holds no images"):
         build_train_loader(["Empty"], root, 2, patch_size=8)
+    with pytest.raises(InputError, match=r"Empty: .* holds no images"):
+        build_train_loader(["Tiny", "Empty"], root, 2, patch_size=8)
