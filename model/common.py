@@ -1,10 +1,13 @@
 """Layers and helpers that every network here shares."""
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from utility import InputError
 
 MEAN_SHIFTS = ("sub_mean.", "add_mean.")  # constants, kept as convolutions in published checkpoints, not here
 DIV2K_RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of the DIV2K training set, images in 0...1
@@ -29,13 +32,24 @@ def pad_to_multiple(x, multiple):
     return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
+def check_images(x, n_colors):
+    """Raise InputError unless x is (N, n_colors, H, W), without NaN and infinity."""
+    if x.ndim != 4 or x.shape[1] != n_colors:
+        raise InputError(f"images are (N, {n_colors}, H, W) for this network, and not {tuple(x.shape)}")
+    if not x.isfinite().all():
+        image, channel, row, column = x.isfinite().logical_not().nonzero()[0].tolist()
+        value = x[image, channel, row, column].item()
+        raise InputError(f"image {image} of the batch is {value} at row {row}, column {column}, channel {channel}")
+
+
 @dataclass(frozen=True)
 class Work:
     """What one or several forward passes cost. Costs add up: `work + work`.
 
     pixels      low-resolution pixels that were run, padding and overlaps included
-    macs        multiply-adds of the convolutions that were executed
+    macs        multiply-adds of the convolutions that the masks ask for, as the paper counts them
     macs_dense  multiply-adds of the same network with nothing skipped
+    macs_run    multiply-adds that were executed: those of `macs`, and what it took to skip the others
     important   important pixels in the mask of each SMM; empty for a dense network
     active      active share of the sparse convolutions (1: nothing skipped), times `pixels`
     """
@@ -43,6 +57,7 @@ class Work:
     pixels: int
     macs: int
     macs_dense: int
+    macs_run: int
     important: tuple[int, ...] = ()
     active: float = 0.0
 
@@ -51,6 +66,7 @@ class Work:
             self.pixels + other.pixels,
             self.macs + other.macs,
             self.macs_dense + other.macs_dense,
+            self.macs_run + other.macs_run,
             tuple(a + b for a, b in zip(self.important, other.important, strict=True)),
             self.active + other.active,
         )
@@ -73,3 +89,58 @@ def conv_macs(module):
         for conv in module.modules()
         if isinstance(conv, nn.Conv2d)
     )
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Lines top...bottom of some images of a batch; of one image, or all lines of all of them."""
+
+    first: int
+    last: int
+    top: int
+    bottom: int
+
+    @property
+    def images(self):
+        return slice(self.first, self.last)
+
+    def widened(self, lines, height):
+        """With so many lines more above and below, as far as an image of `height` lines has them."""
+        return replace(self, top=max(0, self.top - lines), bottom=min(height, self.bottom + lines))
+
+    def of(self, x):
+        """The strip of x (N, ..., H, W)."""
+        return x[self.images, ..., self.top : self.bottom, :]
+
+    def within(self, wider, x, scale=1):
+        """The strip of x (n, ..., scale h, scale W), which is of the strip `wider`."""
+        return x[..., (self.top - wider.top) * scale : (self.bottom - wider.top) * scale, :]
+
+    def rows(self, shape):
+        """The strip as a range of the pixels of (N, H, W), counted in that order."""
+        _, height, width = shape
+        return range((self.first * height + self.top) * width, ((self.last - 1) * height + self.bottom) * width)
+
+
+def strips(n, height, width, pixels=None):
+    """Cut n images into strips of about so many pixels, even in height; into one of all where that is enough."""
+    if pixels is None or n * height * width <= pixels:
+        return [Strip(0, n, 0, height)]
+    count = max(1, min(height, height * width // pixels))
+    tops = [height * part // count for part in range(count + 1)]
+    return [Strip(i, i + 1, top, bottom) for i in range(n) for top, bottom in itertools.pairwise(tops)]
+
+
+def by_strips(function, x, cuts, halo):
+    """function(x), strip by strip, for a function (N, ., H, W) -> (N, ., H, W) that sees `halo` lines far."""
+    if len(cuts) == 1:
+        return function(x)
+    output = None
+    for cut in cuts:
+        near = cut.widened(halo, x.shape[2])
+        part = cut.within(near, function(near.of(x)))
+        if output is None:
+            shape = (len(x), part.shape[1], *x.shape[2:])
+            output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        cut.of(output).copy_(part)
+    return output

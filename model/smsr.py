@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import sparse
-from model.common import MEAN_SHIFTS, conv3x3, mean_color, pad_to_multiple
+from model.common import MEAN_SHIFTS, check_images, conv3x3, mean_color, pad_to_multiple
 
 SPARSE, IMPORTANT = 0, 1  # index into the two spatial logits of a pixel
 DENSE = 0  # index into the two channel logits of a channel
@@ -35,14 +35,18 @@ def gumbel_softmax(logits, tau, dim):
 
 
 class ChannelAttention(nn.Sequential):
-    """Squeeze and excitation: scales each channel of x (N, C, H, W) by a number in 0...1 (1, C, 1, 1) an image."""
+    """Squeeze and excitation: scales each channel of x (N, C, H, W) by a number in 0...1, one an image."""
 
     def __init__(self, n_feats, reduction=16):
         hidden = max(n_feats // reduction, 1)
         super().__init__(nn.Conv2d(n_feats, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, n_feats, 1), nn.Sigmoid())
 
     def forward(self, x):
-        return x * super().forward(x.mean((2, 3), keepdim=True))
+        return x * self.weights(x.mean((2, 3), keepdim=True))
+
+    def weights(self, pooled):
+        """Features averaged over the image (N, C, 1, 1) -> the factors of the channels (N, C, 1, 1)."""
+        return super().forward(pooled)
 
 
 def mask_branch(n_feats):
@@ -50,10 +54,10 @@ def mask_branch(n_feats):
     hidden = max(n_feats // 4, 1)
     return nn.Sequential(
         conv3x3(n_feats, hidden),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.AvgPool2d(2),
         conv3x3(hidden, hidden),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.ConvTranspose2d(hidden, 2, 3, stride=2, padding=1, output_padding=1),
     )
 
@@ -125,7 +129,7 @@ class SMSR(nn.Module):
         super().__init__()
         self.scale = scale
         self.register_buffer("mean", mean_color(n_colors, rgb_range), persistent=False)
-        self.head = nn.Sequential(conv3x3(n_colors, n_feats), nn.ReLU(), conv3x3(n_feats, n_feats))
+        self.head = nn.Sequential(conv3x3(n_colors, n_feats), nn.ReLU(inplace=True), conv3x3(n_feats, n_feats))
         self.blocks = nn.ModuleList(SMM(n_feats, n_layers) for _ in range(n_blocks))
         self.collect = nn.Sequential(nn.Conv2d(n_feats * n_blocks, n_feats, 1), nn.ReLU(), conv3x3(n_feats, n_feats))
         self.tail = nn.Sequential(conv3x3(n_feats, n_colors * scale**2), nn.PixelShuffle(scale))
@@ -156,8 +160,12 @@ class SMSR(nn.Module):
 
     def reconstruct(self, f, x):
         """Features (N, C, H, W) and the input less its mean -> SR images (N, n_colors, scale H, scale W)."""
-        upsampled = F.interpolate(x, scale_factor=self.scale, mode="bicubic", align_corners=False)
-        return self.tail(f) + upsampled + self.mean
+        return self.tail(f) + self.upsample(x)
+
+    def upsample(self, x):
+        """The input less its mean -> bicubically upsampled images (N, n_colors, scale H, scale W), with the mean."""
+        x = (x + self.mean).contiguous()  # in channels-last memory PyTorch does this more slowly
+        return F.interpolate(x, scale_factor=self.scale, mode="bicubic", align_corners=False)
 
     # ---- inference -------------------------------------------------------------------------------------------------
 
@@ -166,21 +174,25 @@ class SMSR(nn.Module):
         return self.training_forward(x, tau=1.0)[0] if self.training else self.inference(x)[0]
 
     @torch.no_grad()
-    def inference(self, x):
-        """LR images -> SR images and what they cost (common.Work); skips the masked work. Keeps no gradients."""
+    def inference(self, x, mode="auto", tile=None):
+        """LR images -> SR images and what they cost (common.Work); skips the masked work. Keeps no gradients.
+
+        mode and tile are those of `sparse.Plan`: how each module is run, and how much of an image at a time.
+        Raises InputError if the images or the weights hold NaN or infinity.
+        """
+        check_images(x, self.mean.shape[1])
         height, width = x.shape[-2:]
-        sr, work = self._current_plan()(pad_to_multiple(x - self.mean, 2))
+        x = pad_to_multiple(x - self.mean, 2).contiguous(memory_format=torch.channels_last)
+        sr, work = self._current_plan()(x, mode, tile)
         return sr[..., : height * self.scale, : width * self.scale], work
 
     def _current_plan(self):
-        weights = torch.cat([p.flatten() for p in self.parameters()])  # by value: writes to .data are seen, too
-        planned = self._planned_weights
-        if (
-            planned is None
-            or (planned.dtype, planned.device) != (weights.dtype, weights.device)
-            or not planned.equal(weights)
-        ):
-            self._plan, self._planned_weights = sparse.Plan(self), weights
+        def same(a, b):  # by value: writes to .data are seen, too
+            return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+        weights, planned = list(self.parameters()), self._planned_weights
+        if planned is None or len(weights) != len(planned) or not all(map(same, weights, planned)):
+            self._plan, self._planned_weights = sparse.Plan(self), [weight.detach().clone() for weight in weights]
         return self._plan
 
     def __getstate__(self):  # copies and pickles make their own plan
