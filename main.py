@@ -12,7 +12,7 @@ from data import build_test_sets, build_train_loader
 from data.image import write_png
 from loss import build_loss
 from model import build_model, read_weights
-from model.inference import chop, self_ensemble
+from model.inference import self_ensemble
 from trainer import Schedules, Trainer, build_optimizer, evaluate, table
 from utility import (
     INTERRUPTED,
@@ -92,9 +92,7 @@ def test(args):
     device = pick_device(args.device)
     model = make_model(args, read_weights(path), path)
     model = model.to(device, option.PRECISIONS[args.precision], memory_format=torch.channels_last)
-    run = model.inference
-    if args.chop:
-        run = functools.partial(chop, run, scale=args.scale, tile=args.chop_size)
+    run = functools.partial(model.inference, mode=args.inference, tile=args.chop_size if args.chop else None)
     if args.self_ensemble:
         run = functools.partial(self_ensemble, run)
     test_sets = build_test_sets(

@@ -8,6 +8,7 @@ import re
 import torch
 
 from data.cache import KINDS
+from model.sparse import MODES
 from utility import InputError
 
 # Sets of defaults by name (--template); what is given on the command line prevails.
@@ -95,8 +96,11 @@ def build_parser():
     group.add_argument("--rgb_range", type=positive_float, default=255, help="largest value of the network's input")
     group.add_argument("--n_colors", type=int, choices=(1, 3), default=3, help="grey or RGB")
     group.add_argument("--no_augment", action="store_true", help="no flips and turns")
-    group.add_argument("--chop", action="store_true", help="run in tiles, to need less memory")
-    group.add_argument("--chop_size", type=positive_int, default=256, help="low-resolution pixels of a tile's side")
+    group.add_argument("--chop", action="store_true", help="run in tiles, to need less memory; the result is the same")
+    group.add_argument(
+        "--chop_size", type=positive_int, default=256,
+        help="low-resolution pixels of a tile's side; a tile is as wide as the image and as flat as that asks for",
+    )  # fmt: skip
 
     group = parser.add_argument_group("model (sizes that are not given: those of --pre_train, else the network's own)")
     group.add_argument("--model", default="SMSR", help="SMSR or EDSR")
@@ -137,6 +141,10 @@ def build_parser():
 
     group = parser.add_argument_group("testing")
     group.add_argument("--test_only", action="store_true", help="test, do not train")
+    group.add_argument(
+        "--inference", choices=MODES, default="auto",
+        help="skip the masked work of SMSR's modules: where that is quicker, everywhere, or nowhere",
+    )  # fmt: skip
     group.add_argument("--self_ensemble", action="store_true", help="mean over 8 flips and turns")
     group.add_argument("--save_results", action="store_true", help="write the SR images")
 
@@ -174,13 +182,15 @@ def _check(args):
     if not args.test_only:
         if args.precision != "single":
             raise InputError(f"--precision {args.precision} is for --test_only; training runs in single precision")
+        if args.inference != "auto":
+            raise InputError(f"--inference {args.inference} is for --test_only; leave it out of a training")
         for name in OF_TESTS:
             if getattr(args, name):
                 raise InputError(f"--{name} is for --test_only; leave it out of a training")
         if "demo" in args.data_test:
             raise InputError("--data_test demo has no HR images to measure a training by; add --test_only")
-    if args.chop and args.chop_size <= 32:
-        raise InputError(f"--chop_size {args.chop_size}: tiles overlap by 16 pixels and must be larger than 32")
+    if args.model == "EDSR" and args.inference == "sparse":
+        raise InputError("--inference sparse: EDSR has nothing to skip; leave it out")
 
 
 # ---- types of values -------------------------------------------------------------------------------------------------

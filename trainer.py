@@ -13,6 +13,7 @@ from tqdm import tqdm
 from loss.sparsity import active_share
 from utility import (
     InputError,
+    is_out_of_memory,
     logger,
     luma,
     psnr,
@@ -298,14 +299,23 @@ def evaluate(model, images, run=None, rgb_range=255, save=None, warm_up=True):
         for index in progress:
             name, lr, hr = images[index]
             x = lr[None].to(parameter.device, parameter.dtype) * (rgb_range / 255)
-            if warm_up and index == 0:
-                run(x)
-            synchronize(parameter.device)
-            started = time.perf_counter()
-            sr, work = run(x)
-            synchronize(parameter.device)
-            seconds = time.perf_counter() - started
-            sr = quantize(sr[0], rgb_range)
+            try:
+                if warm_up and index == 0:
+                    run(x)
+                synchronize(parameter.device)
+                started = time.perf_counter()
+                sr, work = run(x)
+                synchronize(parameter.device)
+                seconds = time.perf_counter() - started
+                sr = quantize(sr[0], rgb_range)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                height, width = x.shape[2:]
+                raise InputError(
+                    f"{name}: not enough memory for an image of {height}x{width} pixels; "
+                    "add --chop, or with it a smaller --chop_size"
+                ) from None
             if save:
                 save(name, sr)
             works.append(work)
@@ -327,10 +337,19 @@ def evaluate(model, images, run=None, rgb_range=255, save=None, warm_up=True):
             "seconds_per_image": mean(row["seconds"] for row in rows),
             "gmacs": mean(work.macs for work in works) / 1e9,
             "gmacs_dense": mean(work.macs_dense for work in works) / 1e9,
+            "gmacs_run": mean(work.macs_run for work in works) / 1e9,
+            "gmacs_at_1280x720": at_1280x720(works, "macs", images.scale),
+            "gmacs_dense_at_1280x720": at_1280x720(works, "macs_dense", images.scale),
             "active_share": mean(work.active_share for work in works),
             "images": rows,
         }
     )
+
+
+def at_1280x720(works, count, scale):
+    """The named count of `Work`, in 1e9, of an output of 1280 x 720 pixels, on which the paper counts them."""
+    pixels = sum(work.pixels for work in works)
+    return sum(getattr(work, count) for work in works) / pixels * (1280 * 720 / scale**2) / 1e9
 
 
 def compare(sr, hr, scale, rgb=False):

@@ -42,8 +42,8 @@ def run_program(main):
             raise
         print(f"error: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:  # on a CPU PyTorch raises a plain RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         print(
             "error: out of memory; smaller --batch_size, --patch_size or --n_feats, or --chop, need less",
@@ -53,6 +53,11 @@ def run_program(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def is_out_of_memory(error):
+    """Whether this is what a MemoryError says; on a CPU PyTorch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError) or "memory" in str(error)
 
 
 # ---- devices and random states ---------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def load_model(path, name="SMSR", **sizes):
 
 
 def load_weights(model, state_dict, origin="the weights"):
-    """Load all weights or none; InputError names every key and shape that does not fit."""
+    """Load all weights or none; InputError names every key, shape and value that does not fit."""
     own = model.state_dict()
     problems = [f"{key} is missing" for key in own if key not in state_dict]
     problems += [f"{key} is unknown" for key in state_dict if key not in own]
@@ -71,6 +71,7 @@ def load_weights(model, state_dict, origin="the weights"):
         for key in own
         if key in state_dict and state_dict[key].shape != own[key].shape
     ]
+    problems += [f"{key} holds NaN or infinity" for key, value in state_dict.items() if not value.isfinite().all()]
     if problems:
         raise InputError(f"{origin}: do not fit {type(model).__name__}: {'; '.join(problems)}")
     model.load_state_dict(state_dict)

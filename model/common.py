@@ -1,6 +1,7 @@
 """Layers and helpers that every network here shares."""
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,20 +101,16 @@ class Strip:
     top: int
     bottom: int
 
-    @property
-    def images(self):
-        return slice(self.first, self.last)
-
     def widened(self, lines, height):
         """With so many lines more above and below, as far as an image of `height` lines has them."""
         return replace(self, top=max(0, self.top - lines), bottom=min(height, self.bottom + lines))
 
-    def of(self, x):
-        """The strip of x (N, ..., H, W)."""
-        return x[self.images, ..., self.top : self.bottom, :]
+    def of(self, x, scale=1):
+        """The strip of x (N, ..., scale H, scale W)."""
+        return x[self.first : self.last, ..., self.top * scale : self.bottom * scale, :]
 
     def within(self, wider, x, scale=1):
-        """The strip of x (n, ..., scale h, scale W), which is of the strip `wider`."""
+        """The strip of x (n, ..., scale h, scale W), which is the strip `wider`."""
         return x[..., (self.top - wider.top) * scale : (self.bottom - wider.top) * scale, :]
 
     def rows(self, shape):
@@ -122,25 +119,30 @@ class Strip:
         return range((self.first * height + self.top) * width, ((self.last - 1) * height + self.bottom) * width)
 
 
-def strips(n, height, width, pixels=None):
-    """Cut n images into strips of about so many pixels, even in height; into one of all where that is enough."""
-    if pixels is None or n * height * width <= pixels:
+def strips(n, height, width, tile=None):
+    """Cut n images into strips of about tile x tile pixels, even in height; into one of all where that is enough.
+
+    A strip is never smaller than 144 x 144 pixels: for very few numbers PyTorch convolves on a CPU with another
+    library, and rounds differently.
+    """
+    pixels = math.inf if tile is None else max(tile, 144) ** 2
+    if n * height * width <= pixels:
         return [Strip(0, n, 0, height)]
     count = max(1, min(height, height * width // pixels))
     tops = [height * part // count for part in range(count + 1)]
     return [Strip(i, i + 1, top, bottom) for i in range(n) for top, bottom in itertools.pairwise(tops)]
 
 
-def by_strips(function, x, cuts, halo):
-    """function(x), strip by strip, for a function (N, ., H, W) -> (N, ., H, W) that sees `halo` lines far."""
+def by_strips(function, x, cuts, halo, scale=1):
+    """function(x), strip by strip, for one that maps (N, ., H, W) to (N, ., scale H, scale W) and sees `halo` lines."""
     if len(cuts) == 1:
         return function(x)
     output = None
     for cut in cuts:
         near = cut.widened(halo, x.shape[2])
-        part = cut.within(near, function(near.of(x)))
+        part = cut.within(near, function(near.of(x)), scale)
         if output is None:
-            shape = (len(x), part.shape[1], *x.shape[2:])
+            shape = (len(x), part.shape[1], x.shape[2] * scale, x.shape[3] * scale)
             output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        cut.of(output).copy_(part)
+        cut.of(output, scale).copy_(part)
     return output

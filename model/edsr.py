@@ -9,7 +9,8 @@ import math
 import torch
 from torch import nn
 
-from model.common import MEAN_SHIFTS, Work, conv3x3, conv_macs, mean_color
+from model.common import MEAN_SHIFTS, Work, by_strips, check_images, conv3x3, conv_macs, mean_color, strips
+from utility import InputError
 
 
 class ResBlock(nn.Module):
@@ -59,19 +60,31 @@ class EDSR(nn.Module):
 
     def forward(self, x):
         """LR images -> SR images (N, n_colors, scale H, scale W), not clamped."""
-        head = self.head(x - self.mean)
-        return self.tail(head + self.body(head)) + self.mean
+        return self._forward(x, strips(len(x), *x.shape[2:]))
+
+    def _forward(self, x, cuts):
+        f = head = by_strips(self.head, x - self.mean, cuts, halo=1)
+        for block in self.body:
+            f = by_strips(block, f, cuts, halo=2)
+        return by_strips(self.tail, head + f, cuts, halo=2, scale=self.scale) + self.mean
 
     def training_forward(self, x, tau):
         """SR images and no masks: a dense network has no temperature and no sparsity."""
         return self(x), []
 
     @torch.no_grad()
-    def inference(self, x):
-        """LR images -> SR images and what they cost (common.Work)."""
+    def inference(self, x, mode="dense", tile=None):
+        """LR images -> SR images and what they cost (common.Work).
+
+        tile: run layers on strips of about tile x tile pixels, to need less memory; the result is the same.
+        Raises InputError for another mode, and if the images hold NaN or infinity.
+        """
+        if mode not in ("auto", "dense"):
+            raise InputError(f"EDSR has nothing to skip: --inference {mode} is for SMSR")
+        check_images(x, self.mean.shape[1])
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         macs = pixels * self._macs_per_pixel()
-        return self(x), Work(pixels, macs, macs, active=pixels)
+        return self._forward(x, strips(len(x), *x.shape[2:], tile)), Work(pixels, macs, macs, macs, active=pixels)
 
     def _macs_per_pixel(self):
         macs, resolution = conv_macs(self.head) + conv_macs(self.body), 1

@@ -26,8 +26,7 @@ MODES = ("auto", "sparse", "dense")
 TILE = 256  # side of a tile on a CPU, where maps of more pixels leave the cache and the heap
 COLUMNS = 16384  # columns gathered at a time
 ROWS = 8192  # rows that two passes in turn find in the cache
-# Below this many numbers PyTorch convolves on a CPU with another library, more slowly and rounding differently.
-SMALL = 20480
+SMALL = 20480  # numbers: up to these PyTorch convolves on a CPU with another library, that rounds differently
 
 
 class Plan:
@@ -72,7 +71,7 @@ class Plan:
         pixels = n * height * width
         if tile is None and x.device.type == "cpu":
             tile = TILE
-        cuts = strips(n, height, width, max(tile**2, SMALL) if tile else None)
+        cuts = strips(n, height, width, tile)
         head = by_strips(model.head, x, cuts, halo=2)  # (N, C, H, W)
         channels = head.shape[1]
         f = space.rows("features", pixels + 1, channels, head)
@@ -94,8 +93,7 @@ class Plan:
         for cut in cuts:
             near = cut.widened(2, height)  # as far as collect[2] and the tail see
             f = model.collect[2](near.of(total)).add_(near.of(head))
-            s = model.scale
-            sr[cut.images, :, cut.top * s : cut.bottom * s].add_(cut.within(near, model.tail(f), s))
+            cut.of(sr, model.scale).add_(cut.within(near, model.tail(f), model.scale))
         return sr, self._total(works, pixels)
 
     def _total(self, works, pixels):
@@ -178,7 +176,7 @@ class BlockPlan:
             n_out, last = layer.n_out, index == len(self.layers) - 1
             store = space.rows(f"store{index % 2}", columns.stored, channels, f)
             if n_out:
-                thin = F.relu_(F.conv2d(thin, layer.thin, padding=1))  # dense channels from dense channels, everywhere
+                thin = layer.run_thin(thin)
                 executed += pixels * layer.thin.numel()
                 thin_rows = _rows(thin)  # (P, D)
             if columns.count:
@@ -210,11 +208,11 @@ class BlockPlan:
         pixels = mask.numel()
         out = out[:pixels]
         denied = mask.logical_not().flatten().nonzero()[:, 0]  # (V,)
-        image, n_in = _image(f[start : start + pixels], mask.shape), f.shape[1]
+        image = _image(f[start : start + pixels], mask.shape)
         executed = 0
         for index, layer in enumerate(self.layers):
             n_out = layer.n_out
-            thin = image[:, :n_in]
+            thin = image  # of its channels, the dense ones
             image = F.relu_(F.conv2d(image, layer.weight, padding=1))
             executed += pixels * (layer.weight.numel() + layer.collect.numel())
             rows = _rows(image)  # (P, C)
@@ -224,13 +222,12 @@ class BlockPlan:
                     if layer.from_output:
                         thin_rows = rows[:, :n_out]
                     else:
-                        thin_rows = _rows(F.relu_(F.conv2d(thin, layer.thin, padding=1)))
+                        thin_rows = _rows(layer.run_thin(thin))
                         executed += pixels * layer.thin.numel()
                     allowed[:, :n_out] = thin_rows[denied]
                 rows.index_copy_(0, denied, allowed)
                 image = _image(rows, mask.shape)
             _add_product(out, rows, layer.collect, first_time=index == 0)
-            n_in = n_out
         out += self.block.collect.bias
         return executed
 
@@ -258,6 +255,12 @@ class LayerPlan:
         self.full = self.weight[self.from_output :]
         self.collect = collect.contiguous()
 
+    def run_thin(self, image):
+        """Dense channels from dense channels, the first of image (n, ., h, w), everywhere -> (n, n_out, h, w)."""
+        if self.n_in == 0:
+            return image.new_zeros(len(image), self.n_out, *image.shape[2:])
+        return F.relu_(F.conv2d(image[:, : self.n_in], self.thin, padding=1))
+
     def macs(self, pixels, important):
         """Multiply-adds that the masks ask for, of so many pixels, of which so many are important."""
         channels = len(self.collect)
@@ -270,8 +273,9 @@ class Columns:
     """Which pixels a mask (n, h, w) packs, and where their neighbours are.
 
     The pixels of the mask are rows `start` and on of a map, whose row `outside` is zero. There are at least `least`
-    columns, if any. After a layer its features lie in a store: a row a column, then one for each pixel next to an important one that is not important itself
-    (the halo, where only dense channels are not zero), then one of zeros.
+    columns, if any. After a layer its features lie in a store: a row a column, then one for each pixel of the halo,
+    then one of zeros. The halo are pixels next to important ones that are not important themselves: there only dense
+    channels are not zero.
 
         count       S columns, 0 if nothing is important; the first and the last are never important
         in_map      (3, S) row in the map of the pixel above, at and below each column

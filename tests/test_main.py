@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from main import main
-from model.inference import chop, self_ensemble
+from model import EDSR, SMSR
+from model.inference import self_ensemble
 from trainer import compare
 from utility import InputError, quantize
 
@@ -114,21 +115,55 @@ def test_test_writes_images_metrics_and_a_table(folder, capsys):
     assert f"{metrics['psnr_y']:.2f}" in printed
 
 
-def test_self_ensemble_chop_and_precision(folder, tiny):
+def test_self_ensemble_and_precision(folder, tiny):
     run(f"{TEST} --save_results")
     plain = iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png").astype(int)
     others = []
-    for flags in ("--self_ensemble", "--chop --chop_size 33", "--precision bf16"):
+    for flags in ("--self_ensemble", "--precision bf16"):
         run(f"{TEST} --save_results --reset {flags}")
         others.append(iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png"))
         assert np.abs(plain - others[-1]).mean() < 8
     lr = torch.from_numpy(iio.imread("data/benchmark/Tiny2/LR_bicubic/X2/img0.png")).permute(2, 0, 1)[None].float()
     expected, _ = self_ensemble(tiny.eval().inference, lr)
     assert np.array_equal(others[0], quantize(expected[0], 255))
-    expected, _ = chop(tiny.inference, lr, 2, tile=33)
-    assert np.array_equal(others[1], quantize(expected[0], 255))
     expected = tiny.bfloat16()(lr.bfloat16())
-    assert np.array_equal(others[2], quantize(expected[0], 255))
+    assert np.array_equal(others[1], quantize(expected[0], 255))
+
+
+@pytest.mark.parametrize("model", [SMSR(2, n_blocks=2), EDSR(2, n_resblocks=2)])
+def test_tiles_and_modes_give_the_same_image(folder, model):
+    torch.save(model.state_dict(), "weights.pt")
+    rng = np.random.default_rng(0)
+    (folder / "photos").mkdir()
+    iio.imwrite(
+        "photos/own.png", np.kron(rng.integers(0, 256, (80, 30, 3), dtype=np.uint8), np.ones((4, 6, 1), np.uint8))
+    )
+    demo = f"--data_test demo --dir_demo photos --pre_train weights.pt --test_only --model {type(model).__name__}"
+    images = []
+    for flags in ("", "--chop --chop_size 150", "--inference dense", "--inference auto --chop --chop_size 1"):
+        run(f"{demo} --save check --reset {flags}")
+        images.append(iio.imread("experiment/check/results-demo-x2/own_x2_SR.png").astype(int))
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[3])
+    assert np.abs(images[0] - images[2]).max() <= 1
+    assert (images[0] != images[2]).mean() < 1e-3
+
+
+def bound_memory():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (10 << 30, 10 << 30))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds the memory of a process as Linux does")
+def test_too_large_an_image_is_named_with_the_way_out(folder):
+    torch.save(SMSR(2).state_dict(), "weights.pt")
+    (folder / "photos").mkdir()
+    iio.imwrite("photos/huge.png", np.zeros((7000, 8000, 3), np.uint8))
+    line = "--data_test demo --dir_demo photos --pre_train weights.pt --test_only --save check --cpu"
+    done = subprocess.run([*MAIN, *line.split()], capture_output=True, text=True, preexec_fn=bound_memory)
+    assert done.returncode == 2, done.stderr
+    assert "error: huge: not enough memory for an image of 7000x8000 pixels; add --chop" in done.stderr
 
 
 def test_demo_writes_images_and_says_that_it_does_not_measure(folder, capsys):

@@ -54,7 +54,7 @@ def test_options_of_a_run_are_defaults_except_those_of_one_call():
         ("--test_every 0", "--test_every"), ("--split_batch 0", "--split_batch"), ("--n_threads -1", "--n_threads"),
         ("--lr 0", "--lr: '0' is not a number above 0"), ("--lr nan", "--lr"), ("--lr inf", "--lr"),
         ("--gclip -1", "--gclip"), ("--rgb_range 0", "--rgb_range"), ("--betas 1 0.9", "--betas: '1' .* below 1"),
-        ("--seed 99999999999999999999", "--seed"), ("--chop --test_only --chop_size 32", "--chop_size 32"),
+        ("--seed 99999999999999999999", "--seed"), ("--chop_size 0", "--chop_size"),
         ("--decay 0", "--decay"), ("--decay a-b", "--decay"), ("--data_range 5-1/1-2", "--data_range"),
         ("--data_range 1-2-3", "--data_range"), ("--data_test Set5+", "--data_test"), ("--data_test A+A", "--data_test"),  # noqa: E501
         ("--data_test ../Set5", "--data_test"), ("--data_train ..", "--data_train"),
@@ -64,6 +64,8 @@ def test_options_of_a_run_are_defaults_except_those_of_one_call():
         ("--load a --pre_train b.pt", "--pre_train"), ("--load a --template GAN", "--template"),
         ("--precision half", "--precision half"), ("--save_results", "--save_results is for --test_only"),
         ("--data_test demo", "--test_only"), ("--unknown", "unrecognized arguments: --unknown"),
+        ("--inference fast", "--inference"), ("--inference sparse", "--inference sparse is for --test_only"),
+        ("--inference sparse --test_only --model EDSR", "EDSR has nothing to skip"),
         ("--template none", "--template"), ("--ext zip", "--ext"), ("--n_colors 2", "--n_colors"),
     ],
 )  # fmt: skip

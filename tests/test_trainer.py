@@ -309,7 +309,7 @@ def test_evaluate_reports_as_documented(make_set, tiny):
     metrics = evaluate(tiny, images, save=saved.__setitem__)
     assert list(metrics) == [
         "dataset", "scale", "model", "psnr_y", "ssim_y", "n_images", "seconds_per_image", "gmacs", "gmacs_dense",
-        "active_share", "images",
+        "gmacs_run", "gmacs_at_1280x720", "gmacs_dense_at_1280x720", "active_share", "images",
     ]  # fmt: skip
     assert (metrics["dataset"], metrics["scale"], metrics["model"], metrics["n_images"]) == ("Tiny", 2, "SMSR", 3)
     row = metrics["images"][1]
@@ -318,6 +318,7 @@ def test_evaluate_reports_as_documented(make_set, tiny):
     assert len(row["mask_density"]) == 2
     assert metrics["psnr_y"] == pytest.approx(np.mean([row["psnr_y"] for row in metrics["images"]]))
     assert metrics["gmacs_dense"] == pytest.approx(tiny.inference(images[0][1][None].float())[1].macs_dense / 1e9)
+    assert metrics["gmacs_at_1280x720"] == pytest.approx(metrics["gmacs"] / (20 * 24) * (1280 * 720 / 4))
     _, lr, hr = images[1]
     sr = tiny(lr[None].float())[0].clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
     assert np.array_equal(saved["img1"], sr)

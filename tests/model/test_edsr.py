@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.edsr import EDSR
+from utility import InputError, quantize
 
 
 def test_baseline_has_the_published_size():
@@ -37,3 +39,19 @@ def test_residual_branches_are_scaled():
     with torch.no_grad():
         model.body[0].body[0].weight.mul_(3)
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_tiles_change_nothing(scale):
+    model = EDSR(scale, n_feats=16, n_resblocks=2).eval()
+    x = torch.rand(2, 3, 270, 160) * 255
+    whole, work = model.inference(x)
+    sr, tiled_work = model.inference(x, tile=1)
+    torch.testing.assert_close(sr, whole, atol=1e-3, rtol=0)
+    assert all(np.array_equal(quantize(a, 255), quantize(b, 255)) for a, b in zip(sr, whole, strict=True))
+    assert work == tiled_work
+
+
+def test_there_is_nothing_to_skip():
+    with pytest.raises(InputError, match="--inference sparse"):
+        EDSR(2, n_feats=8, n_resblocks=1).inference(torch.rand(1, 3, 4, 4), mode="sparse")

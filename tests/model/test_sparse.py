@@ -1,5 +1,7 @@
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import imageio.v3 as iio
 import numpy as np
@@ -7,12 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import load_model
+from model.common import strips
 from model.smsr import DENSE, SMM, SMSR
-from model.sparse import BlockPlan
-from trainer import compare
-from utility import quantize
+from model.sparse import MODES, BlockPlan, Columns, Plan, Workspace, break_even
+from trainer import at_1280x720, compare
+from utility import InputError, quantize
 
 
 def with_density(block, x, density):
@@ -39,11 +43,28 @@ def with_dense_channels(block, counts):
             block.channel_logits[0, dense, layer] = torch.tensor([1.0, 0.0])
 
 
+@torch.no_grad()
+def run_block(block, x, mode, tile=None):
+    """The module of features x (N, C, H, W) by its plan: features and `Work`."""
+    n, channels, height, width = x.shape
+    f = torch.cat([x.permute(0, 2, 3, 1).reshape(-1, channels), torch.zeros(1, channels)])
+    y = torch.full_like(f, torch.nan)  # what is not written shows
+    plan = BlockPlan(block, channels, "block")
+    work = plan(f, y, (n, height, width), strips(n, height, width, tile), mode, Workspace())
+    y = y[:-1].view(n, height, width, channels).permute(0, 3, 1, 2)
+    return x + block.attention(y), work
+
+
 def assert_block_equals_masked(block, x):
     with torch.no_grad():
-        result, work = BlockPlan(block)(x)
-        torch.testing.assert_close(result, block(x, *block.hard_masks(x)), atol=1e-4, rtol=1e-4)
-    return work
+        expected = block(x, *block.hard_masks(x))
+    works = {}
+    for mode in MODES:
+        result, works[mode] = run_block(block, x, mode)
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+    assert works["sparse"].macs == works["dense"].macs
+    assert works["auto"].macs_run in (works["sparse"].macs_run, works["dense"].macs_run)
+    return works["sparse"]
 
 
 @settings(max_examples=60)
@@ -98,14 +119,14 @@ def test_network_equals_the_masked_dense_computation(size, n, channels_last):
         assert (model(x) - model.masked_forward(x)).abs().max() < 1e-3
 
 
-def test_more_important_pixels_than_one_chunk():
-    model = SMSR(2).eval()
-    x = torch.rand(1, 3, 80, 64) * 255
+def test_more_columns_than_are_gathered_at_a_time():
+    model = SMSR(2, n_blocks=2).eval()
+    x = torch.rand(1, 3, 130, 140) * 255
     with torch.no_grad():
         for block in model.blocks:
             block.spatial_mask[-1].bias[1] += 100  # all are important
-        sr, work = model.inference(x)
-        assert work.mask_density == [1.0] * 5
+        sr, work = model.inference(x, "sparse")
+        assert work.mask_density == [1.0] * 2
         assert (sr - model.masked_forward(x)).abs().max() < 1e-3
 
 
@@ -115,7 +136,8 @@ def test_a_batch_is_its_images():
     sr, work = model.inference(x)
     single = [model.inference(image[None]) for image in x]
     torch.testing.assert_close(sr, torch.cat([sr for sr, _ in single]), atol=1e-3, rtol=0)
-    assert work == single[0][1] + single[1][1] + single[2][1]
+    total = single[0][1] + single[1][1] + single[2][1]
+    assert replace(work, macs_run=0) == replace(total, macs_run=0)
 
 
 def test_the_plan_follows_the_weights(tiny):
@@ -168,6 +190,175 @@ def test_under_autocast(tiny):
         assert (tiny(x) - expected).abs().mean() < 2
 
 
+@given(
+    mask=st.integers(1, 3).flatmap(
+        lambda n: st.tuples(st.integers(1, 5), st.integers(1, 6)).flatmap(
+            lambda size: st.lists(st.booleans(), min_size=n * size[0] * size[1], max_size=n * size[0] * size[1]).map(
+                lambda values: torch.tensor(values).view(n, *size)
+            )
+        )
+    ),
+    least=st.sampled_from([0, 40]),
+)
+def test_columns_hold_each_important_pixel_between_its_neighbours(mask, least):
+    _, height, width = mask.shape
+    pixels, start, outside = mask.numel(), 100, 10**6
+    columns = Columns(mask, start, outside, least=least)
+    assert columns.count >= least or not mask.any()
+    neighbour = {}
+    for image, y, x in mask.nonzero().tolist():
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                inside = 0 <= y + dy < height and 0 <= x + dx < width
+                pixel = (image * height + y + dy) * width + x + dx
+                neighbour[(image * height + y) * width + x, dy, dx] = pixel if inside else None
+    found = columns.target[columns.important]
+    assert found.tolist() == mask.flatten().nonzero()[:, 0].tolist()
+    store = [*[None] * columns.count, *columns.halo.tolist(), None]  # row -> pixel of the halo
+    for column, pixel in zip(columns.important.tolist(), found.tolist(), strict=True):
+        assert 0 < column < columns.count - 1
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                expected = neighbour[pixel, dy, dx]
+                in_map, in_store = columns.in_map[dy + 1, column + dx], columns.in_store[dy + 1, column + dx]
+                if expected is None:
+                    assert (in_map, in_store) == (outside, columns.stored - 1)
+                    continue
+                assert in_map == start + expected
+                if mask.flatten()[expected]:
+                    assert columns.target[in_store] == expected
+                else:
+                    assert store[in_store] == expected
+    denied = set(range(columns.count)) - set(columns.important.tolist())
+    assert all(columns.target[column] == pixels for column in denied)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_tiles_change_nothing(n, mode):
+    model = SMSR(2, n_blocks=3).eval().to(memory_format=torch.channels_last)
+    x = torch.rand(n, 3, 301, 170) * 255
+    for block, density in zip(model.blocks, (0.1, 0.5, 0.95), strict=True):
+        with_density(block, torch.randn(1, 64, 64, 64), density)
+        with_dense_channels(block, (24, 9, 3, 0))
+    whole, work = model.inference(x, mode, tile=10**6)
+    for tile in (1, 150, 200):
+        sr, tiled_work = model.inference(x, mode, tile=tile)
+        assert (sr - whole).abs().max() < 1e-3
+        assert all(np.array_equal(quantize(a, 255), quantize(b, 255)) for a, b in zip(sr, whole, strict=True))
+        assert (tiled_work.macs, tiled_work.important) == (work.macs, work.important)
+
+
+def test_workspaces_do_not_leak_from_call_to_call():
+    model = SMSR(2, n_feats=16, n_blocks=2).eval()
+    images = [torch.rand(n, 3, *size) * 255 for n, size in ((1, (40, 40)), (2, (6, 8)), (1, (30, 50)), (1, (1, 1)))]
+    expected = [copy.deepcopy(model)(x) for x in images]
+    results = [model(x) for x in images]
+    again = [model(x) for x in images[::-1]][::-1]
+    for one, two, three in zip(expected, results, again, strict=True):
+        torch.testing.assert_close(two, one, atol=1e-4, rtol=0)
+        torch.testing.assert_close(three, one, atol=1e-4, rtol=0)
+
+
+def test_one_model_in_several_threads():
+    model = SMSR(2, n_feats=16, n_blocks=2).eval()
+    images = [torch.rand(1, 3, 20 + i, 30) * 255 for i in range(8)]
+    expected = [model(x) for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for result, alone in zip(pool.map(model, images), expected, strict=True):
+                torch.testing.assert_close(result, alone, atol=1e-3, rtol=0)
+
+
+def test_results_can_be_written_to_whatever_mode_they_were_made_in(tiny):
+    x = torch.rand(1, 3, 8, 8)
+    tiny.eval()
+    with torch.inference_mode():
+        tiny(x)
+    tiny(x).clamp_(0, 255)
+    with torch.inference_mode():
+        tiny(x).clamp_(0, 255)
+
+
+def test_nan_and_infinity_are_refused(tiny):
+    tiny.eval()
+    x = torch.rand(1, 3, 8, 8)
+    x[0, 1, 2, 3] = torch.nan
+    with pytest.raises(InputError, match="nan at row 2, column 3, channel 1"):
+        tiny(x)
+    with torch.no_grad():
+        tiny.blocks[1].convs[0].weight[0, 0, 0, 0] = torch.inf
+    with pytest.raises(InputError, match=r"blocks\.1\.convs\.0\.weight"):
+        tiny(torch.rand(1, 3, 8, 8))
+
+
+def test_weights_that_do_not_fit_each_other_are_refused(tiny):
+    other = SMSR(2, n_feats=16, n_blocks=2, n_layers=2)
+    for name in ("channel_logits", "convs", "collect"):
+        model = copy.deepcopy(tiny)
+        setattr(model.blocks[1], name, getattr(other.blocks[1], name))
+        with pytest.raises(InputError, match=rf"blocks\.1\.{name}.*16.*8"):
+            Plan(model)
+    model = copy.deepcopy(tiny)
+    model.collect = other.collect
+    with pytest.raises(InputError, match=r"collect\.0\.weight.*32.*16"):
+        Plan(model)
+
+
+def test_the_threshold_is_measured_once():
+    f = torch.zeros(2, 8)
+    first = break_even(f)
+    assert 0 < first < 10
+    assert break_even(torch.ones(5, 8)) == first
+
+
+def test_measuring_the_threshold_leaves_random_numbers_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    break_even(torch.zeros(2, 12))
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(("scale", "dense"), [(2, 224.1), (3, 100.5), (4, 57.2)])
+def test_dense_multiply_adds_are_those_of_the_paper(scale, dense):
+    _, work = SMSR(scale).eval().inference(torch.rand(1, 3, 4, 6) * 255)
+    assert at_1280x720([work], "macs_dense", scale) == pytest.approx(dense, rel=0.01)
+
+
+def test_multiply_adds_are_those_that_pytorch_counts():
+    model = SMSR(3, n_feats=16, n_blocks=2, n_layers=3).eval()
+    n, height, width = 2, 10, 12
+    pixels = n * height * width
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        f = model.head(torch.rand(n, 3, height, width))
+        for block in model.blocks:
+            block.hard_spatial_mask(f)
+            for conv in block.convs:
+                conv(f)
+            block.collect(torch.cat([f] * 3, 1))
+        model.tail(model.collect(torch.cat([f] * 2, 1)))
+    _, work = model.inference(torch.rand(n, 3, height, width))
+    assert work.pixels == pixels
+    assert 2 * work.macs_dense == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+def test_multiply_adds_that_are_run_are_those_that_pytorch_counts(mode):
+    model = SMSR(2, n_blocks=2).eval()
+    for block in model.blocks:
+        with_dense_channels(block, (5, 3, 0, 1))
+    x = torch.rand(1, 3, 40, 50) * 255
+    model(x)
+
+    def added_product(_, a, b, **__):  # not among those that PyTorch knows
+        return 2 * a[0] * a[1] * b[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
+        _, work = model.inference(x, mode)
+    assert 2 * work.macs_run == pytest.approx(counter.get_total_flops(), rel=1e-3)  # but for the attention's
+
+
 def test_the_plan_is_kept_while_the_weights_stay(tiny):
     tiny.eval()(torch.rand(1, 3, 4, 4))
     plan = tiny._plan
@@ -210,3 +401,17 @@ def test_published_weights_give_the_published_results(shared):
         measured = compare(sr, hr[: sr.shape[0], : sr.shape[1]], 2)
         assert measured["psnr_y"] == pytest.approx(expected["psnr_y"], abs=0.002)
         assert measured["ssim_y"] == pytest.approx(expected["ssim_y_bt601"], abs=1e-4)
+
+
+def test_low_precision_costs_next_to_nothing(shared):
+    model = load_model(shared / "reference/SMSR_X2.pt")
+    low = copy.deepcopy(model).bfloat16()
+    for name in ("butterfly", "woman"):
+        lr = iio.imread(shared / f"data/benchmark/Set5/LR_bicubic/X2/{name}.png")
+        hr = iio.imread(shared / f"data/benchmark/Set5/HR/{name}.png")
+        x = torch.from_numpy(lr).permute(2, 0, 1)[None].float()
+        psnrs = [
+            compare(quantize(run(x), 255), hr, 2)["psnr_y"]
+            for run in (lambda x: model(x)[0], lambda x: low(x.bfloat16())[0])
+        ]
+        assert abs(psnrs[0] - psnrs[1]) < 0.02
