@@ -120,29 +120,31 @@ class Strip:
 
 
 def strips(n, height, width, tile=None):
-    """Cut n images into strips of about tile x tile pixels, even in height; into one of all where that is enough.
+    """Cut n images into strips of about tile x tile pixels, alike in height; into one of all where that is enough.
 
-    A strip is never smaller than 144 x 144 pixels: for very few numbers PyTorch convolves on a CPU with another
-    library, and rounds differently.
+    Cuts are at even lines, so that pooling by 2 sees the same pairs. A strip is never smaller than 144 x 144 pixels:
+    for very few numbers PyTorch convolves on a CPU with another library, and rounds differently.
     """
     pixels = math.inf if tile is None else max(tile, 144) ** 2
     if n * height * width <= pixels:
         return [Strip(0, n, 0, height)]
-    count = max(1, min(height, height * width // pixels))
-    tops = [height * part // count for part in range(count + 1)]
+    count = max(1, min(height // 2, height * width // pixels))
+    tops = [*(height * part // count // 2 * 2 for part in range(count)), height]
     return [Strip(i, i + 1, top, bottom) for i in range(n) for top, bottom in itertools.pairwise(tops)]
 
 
-def by_strips(function, x, cuts, halo, scale=1):
-    """function(x), strip by strip, for one that maps (N, ., H, W) to (N, ., scale H, scale W) and sees `halo` lines."""
-    if len(cuts) == 1:
+def by_strips(function, x, cuts, halo, scale=1, out=None):
+    """function(x), strip by strip, for one that maps (N, ., H, W) to (N, ., scale H, scale W) and sees `halo` lines.
+
+    Writes into `out` if there is one.
+    """
+    if len(cuts) == 1 and out is None:
         return function(x)
-    output = None
     for cut in cuts:
         near = cut.widened(halo, x.shape[2])
         part = cut.within(near, function(near.of(x)), scale)
-        if output is None:
+        if out is None:
             shape = (len(x), part.shape[1], x.shape[2] * scale, x.shape[3] * scale)
-            output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        cut.of(output, scale).copy_(part)
-    return output
+            out = torch.empty(shape, dtype=part.dtype, device=x.device, memory_format=torch.channels_last)
+        cut.of(out, scale).copy_(part)
+    return out

@@ -37,8 +37,8 @@ class Plan:
     Args:
         mode: "sparse" packs in every module, "dense" in none, "auto" where that is quicker, by the density of the
             mask and a threshold measured once a device
-        tile: run modules, head and tail on strips of about tile x tile pixels, to need less memory; the result is
-            the same. None: as is quickest
+        tile: run on strips of about tile x tile pixels and keep no more than three maps of features, to need less
+            memory; the result is the same. None: as is quickest
 
     Returns SR images (N, n_colors, scale H, scale W) and the `Work` they took.
 
@@ -54,7 +54,8 @@ class Plan:
         self.blocks = [BlockPlan(block, n_feats, f"blocks.{k}") for k, block in enumerate(model.blocks)]
         _check_shape("collect.0.weight", model.collect[0].weight, (n_feats, n_feats * len(self.blocks), 1, 1))
         self.collect = [w.contiguous() for w in model.collect[0].weight.flatten(1).T.chunk(len(self.blocks))]  # (C, C)
-        self.fixed_macs = conv_macs(model.head) + conv_macs(model.collect) + conv_macs(model.tail)
+        self.n_feats, self.head_macs = n_feats, conv_macs(model.head)
+        self.fixed_macs = self.head_macs + conv_macs(model.collect) + conv_macs(model.tail)
         self._spaces = []  # workspaces that no call is using
 
     def __call__(self, x, mode="auto", tile=None):
@@ -66,43 +67,45 @@ class Plan:
             self._spaces.append(space)
 
     def _run(self, x, mode, tile, space):
-        model = self.model
+        model, channels = self.model, self.n_feats
         n, _, height, width = x.shape
-        pixels = n * height * width
-        if tile is None and x.device.type == "cpu":
-            tile = TILE
-        cuts = strips(n, height, width, tile)
-        head = by_strips(model.head, x, cuts, halo=2)  # (N, C, H, W)
-        channels = head.shape[1]
-        f = space.rows("features", pixels + 1, channels, head)
-        y = space.rows("module", pixels + 1, channels, head)
-        total = space.rows("collected", pixels, channels, head)
-        f[:pixels] = _rows(head)
+        shape, pixels = (n, height, width), n * height * width
+        frugal = tile is not None
+        cuts = strips(*shape, TILE if tile is None and x.is_cpu else tile)
+        f = space.rows("features", pixels + 1, channels, x)
+        y = space.rows("module", pixels + 1, channels, x)
+        total = space.rows("collected", pixels, channels, x)
         f[pixels] = 0
+        by_strips(model.head, x, cuts, halo=2, out=_image(f[:pixels], shape))
+        head = None if frugal else _image(f[:pixels], shape).clone()  # (N, C, H, W)
         works = []
         for plan, weight in zip(self.blocks, self.collect, strict=True):
-            works.append(plan(f, y, (n, height, width), cuts, mode, space))
-            scale = plan.attention(_image(y[:pixels], (n, height, width)).mean((2, 3), keepdim=True))  # (N, C, 1, 1)
-            for image, factor in enumerate(scale.view(n, channels)):
-                start, stop = image * height * width, (image + 1) * height * width
-                for begin, end in _even_parts(start, stop, ROWS):
+            works.append(plan(f, y, shape, cuts, mode, space))
+            factors = plan.attention(_image(y[:pixels], shape).mean((2, 3), keepdim=True))  # (N, C, 1, 1)
+            for image, factor in enumerate(factors.view(n, channels)):
+                for begin, end in _even_parts(image * height * width, (image + 1) * height * width, ROWS):
                     f[begin:end].addcmul_(y[begin:end], factor)
                     _add_product(total[begin:end], f[begin:end], weight, first_time=len(works) == 1)
+        total = _image(total.add_(model.collect[0].bias).relu_(), shape)
         sr = model.upsample(x)
-        total = _image(total.add_(model.collect[0].bias).relu_(), (n, height, width))
         for cut in cuts:
             near = cut.widened(2, height)  # as far as collect[2] and the tail see
-            f = model.collect[2](near.of(total)).add_(near.of(head))
-            cut.of(sr, model.scale).add_(cut.within(near, model.tail(f), model.scale))
-        return sr, self._total(works, pixels)
+            part = model.collect[2](near.of(total))
+            if frugal:
+                wider = near.widened(2, height)
+                part += near.within(wider, model.head(wider.of(x)))
+            else:
+                part += near.of(head)
+            cut.of(sr, model.scale).add_(cut.within(near, model.tail(part), model.scale))
+        return sr, self._total(works, pixels, self.head_macs * pixels if frugal else 0)
 
-    def _total(self, works, pixels):
+    def _total(self, works, pixels, again):
         fixed = self.fixed_macs * pixels
         return Work(
             pixels=pixels,
             macs=fixed + sum(work.macs for work in works),
             macs_dense=fixed + sum(work.macs_dense for work in works),
-            macs_run=fixed + sum(work.macs_run for work in works),
+            macs_run=fixed + again + sum(work.macs_run for work in works),
             important=tuple(count for work in works for count in work.important),
             active=sum(work.active for work in works) / len(works),
         )
@@ -140,7 +143,8 @@ class BlockPlan:
 
     def __call__(self, f, y, shape, cuts, mode, space):
         """Map of features f (P + 1, C) -> map y (P + 1, C), overwritten, and the `Work`; shape is (N, H, W)."""
-        mask = self.block.hard_spatial_mask(_image(f[:-1], shape))[:, 0]  # (N, H, W)
+        image = _image(f[:-1], shape)
+        mask = by_strips(self.block.hard_spatial_mask, image, cuts, halo=6)[:, 0]  # (N, H, W)
         important = int(mask.sum())
         if mode == "auto":
             packed = int(_with_neighbours(F.pad(mask, (1, 1))).sum()) < break_even(f) * mask.numel()
