@@ -154,28 +154,25 @@ class BlockPlan:
         executed = self.mask_macs * mask.numel()
         for cut in cuts:
             near = cut.widened(len(self.layers), shape[1])  # a line a layer
-            rows, inner = near.rows(shape), cut.rows(shape)
-            out = y if len(cuts) == 1 else space.rows("strip", len(rows) + 1, y.shape[1], y)
-            executed += run(f, rows.start, near.of(mask), out, space)
-            if out is not y:
-                y[inner.start : inner.stop] = out[inner.start - rows.start : inner.stop - rows.start]
+            executed += run(f, y, near.of(mask), near.rows(shape).start, cut.rows(shape), space)
         return self._work(mask.numel(), important, executed)
 
-    def _run_packed(self, f, start, mask, out, space):
-        """Write the rows of `out` for the pixels of mask (n, h, w), whose first is row `start` of the map f.
+    def _run_packed(self, f, y, mask, start, inner, space):
+        """Write the rows `inner` of the map y; returns the multiply-adds executed.
 
-        Returns the multiply-adds executed.
+        mask (n, h, w) is that of these pixels and of those that they see; the first is row `start` of the map f.
         """
-        pixels, channels = mask.numel(), f.shape[1]
+        pixels, channels, outside = mask.numel(), f.shape[1], len(f) - 1
         least = SMALL // (3 * channels) + 1 if f.is_cpu else 0
-        columns = Columns(mask, start, len(f) - 1, self.has_halo, least)
+        own = slice(inner.start - start, inner.stop - start)  # of the pixels
+        columns = Columns(mask, start, outside, self.has_halo, least)
         thin = _image(f[start : start + pixels], mask.shape)
-        everywhere = space.rows("everywhere", pixels, len(self.collect_dense), f)  # (P, D + 1)
+        everywhere = space.rows("everywhere", len(inner), len(self.collect_dense), f)  # (P, D + 1)
         everywhere[:, -1] = 1
         first = 0  # of this layer's channels in it
         source, around = f, columns.in_map
         packed = space.rows("packed", columns.count, channels, f)  # collected
-        executed = pixels * everywhere.shape[1] * channels
+        executed = everywhere.numel() * channels
         for index, layer in enumerate(self.layers):
             n_out, last = layer.n_out, index == len(self.layers) - 1
             store = space.rows(f"store{index % 2}", columns.stored, channels, f)
@@ -192,25 +189,29 @@ class BlockPlan:
                 elif n_out and not last:
                     thin_rows[columns.pixel[columns.important]] = store[: columns.count][columns.important, :n_out]
                     thin = _image(thin_rows, mask.shape)
-                halo = store[columns.count :]
-                halo.zero_()
-                if n_out and not last:
-                    halo[:-1, :n_out] = _take(thin_rows, columns.halo)
+                if not last:
+                    halo = store[columns.count :]
+                    halo.zero_()
+                    if n_out:
+                        halo[:-1, :n_out] = _take(thin_rows, columns.halo)
                 _add_product(packed, store[: columns.count], layer.collect, first_time=index == 0)
                 executed += columns.count * layer.collect.numel()
             if n_out:
-                everywhere[:, first : first + n_out] = thin_rows
+                everywhere[:, first : first + n_out] = thin_rows[own]
                 first += n_out
             source, around = store, columns.in_store
-        torch.mm(everywhere, self.collect_dense, out=out[:pixels])  # (P, D + 1) @ (D + 1, C)
+        torch.mm(everywhere, self.collect_dense, out=y[inner.start : inner.stop])  # (P, D + 1) @ (D + 1, C)
         if columns.count:
-            out.index_copy_(0, columns.target, packed.add_(self.block.collect.bias))
+            target = columns.in_map[1]
+            theirs = columns.denied | (target < inner.start) | (target >= inner.stop)
+            y.index_copy_(0, target.masked_fill(theirs, outside), packed.add_(self.block.collect.bias))
         return executed
 
-    def _run_dense(self, f, start, mask, out, space):
+    def _run_dense(self, f, y, mask, start, inner, space):
         """The same as `_run_packed`, without packing."""
         pixels = mask.numel()
-        out = out[:pixels]
+        out = y[inner.start : inner.stop]
+        own = slice(inner.start - start, inner.stop - start)
         denied = mask.logical_not().flatten().nonzero()[:, 0]  # (V,)
         image = _image(f[start : start + pixels], mask.shape)
         executed = 0
@@ -218,7 +219,7 @@ class BlockPlan:
             n_out = layer.n_out
             thin = image  # of its channels, the dense ones
             image = F.relu_(F.conv2d(image, layer.weight, padding=1))
-            executed += pixels * (layer.weight.numel() + layer.collect.numel())
+            executed += pixels * layer.weight.numel() + len(inner) * layer.collect.numel()
             rows = _rows(image)  # (P, C)
             if len(denied):
                 allowed = rows.new_zeros(len(denied), rows.shape[1])
@@ -231,7 +232,7 @@ class BlockPlan:
                     allowed[:, :n_out] = thin_rows[denied]
                 rows.index_copy_(0, denied, allowed)
                 image = _image(rows, mask.shape)
-            _add_product(out, rows, layer.collect, first_time=index == 0)
+            _add_product(out, rows[own], layer.collect, first_time=index == 0)
         out += self.block.collect.bias
         return executed
 
@@ -286,8 +287,8 @@ class Columns:
         in_store    (3, S) the same in a store
         stored      rows of a store
         pixel       (S,) pixel of each column, 0...P - 1; any, for a column outside
+        denied      (S,) whether the pixel of a column is not important
         important   (M,) columns of important pixels
-        target      (S,) pixel of each column, and P where it is not important
         halo        pixels of the halo
     """
 
@@ -304,9 +305,9 @@ class Columns:
         pixel = F.pad(inside, (1, 1, 1, 1), value=pixels).flatten()
         around = columns + torch.tensor([[-line], [0], [line]], device=device)  # (3, S), into the bordered mask
         in_map = _take(pixel, around)
-        self.target = torch.where(important[columns], in_map[1], pixels)
         self.pixel = in_map[1].clamp(max=pixels - 1)
-        self.important = important[columns].nonzero()[:, 0]
+        kept = important[columns]
+        self.denied, self.important = ~kept, kept.nonzero()[:, 0]
         self.in_map = torch.where(in_map == pixels, outside, in_map + start)
         place = torch.empty_like(pixel)
         place[columns] = torch.arange(self.count, device=device)

@@ -94,8 +94,8 @@ class Dense(torch.nn.Module):
         return [weight.contiguous(memory_format=CHANNELS_LAST) for weight in conv.weight.detach().chunk(count, 1)]
 
     def forward(self, x):
-        model = self.model
-        x = x - model.mean
+        model, (height, width) = self.model, x.shape[2:]
+        x = pad_to_multiple(x - model.mean, 2)
         head = f = model.head(x)
         total = None
         for block, weights, collect in zip(model.blocks, self.block_collects, self.collect, strict=True):
@@ -107,7 +107,7 @@ class Dense(torch.nn.Module):
             product = F.conv2d(f, collect, model.collect[0].bias if total is None else None)
             total = product if total is None else total.add_(product)
         f = model.collect[2](total.relu_()).add_(head)
-        return model.tail(f).add_(model.upsample(x))
+        return model.tail(f).add_(model.upsample(x))[..., : height * model.scale, : width * model.scale]
 
 
 @torch.no_grad()
