@@ -42,7 +42,7 @@ class Plan:
 
     Returns SR images (N, n_colors, scale H, scale W) and the `Work` they took.
 
-    Raises InputError if the weights hold NaN or infinity, or do not fit each other.
+    Raises InputError if the weights hold NaN or infinity, or do not fit each other, and for another mode.
     """
 
     def __init__(self, model):
@@ -59,6 +59,8 @@ class Plan:
         self._spaces = []  # workspaces that no call is using
 
     def __call__(self, x, mode="auto", tile=None):
+        if mode not in MODES:
+            raise InputError(f"--inference {mode}: no such mode; there are {', '.join(MODES)}")
         space = self._spaces.pop() if self._spaces else Workspace()  # of its own for each thread
         try:
             with torch.autocast(x.device.type, enabled=False):

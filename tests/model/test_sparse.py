@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import load_model
+from model import load_model, sparse
 from model.common import strips
 from model.smsr import DENSE, SMM, SMSR
 from model.sparse import MODES, BlockPlan, Columns, Plan, Workspace, break_even
@@ -303,6 +303,22 @@ def test_weights_that_do_not_fit_each_other_are_refused(tiny):
     model.collect = other.collect
     with pytest.raises(InputError, match=r"collect\.0\.weight.*32.*16"):
         Plan(model)
+
+
+def test_auto_packs_below_the_threshold(monkeypatch):
+    monkeypatch.setattr(sparse, "break_even", lambda f: 0.6)
+    block = SMM(8, 2)
+    x = torch.randn(1, 8, 40, 40)
+    for density, same_as in ((0.1, "sparse"), (0.9, "dense")):
+        with_density(block, x, density)
+        runs = {mode: run_block(block, x, mode)[1].macs_run for mode in MODES}
+        assert runs["sparse"] != runs["dense"]
+        assert runs["auto"] == runs[same_as]
+
+
+def test_another_mode_is_refused(tiny):
+    with pytest.raises(InputError, match=r"--inference fast: .* auto, sparse, dense"):
+        tiny.eval().inference(torch.rand(1, 3, 4, 4), "fast")
 
 
 def test_the_threshold_is_measured_once():
