@@ -26,6 +26,7 @@ MODES = ("auto", "sparse", "dense")
 TILE = 256  # side of a tile on a CPU, where maps of more pixels leave the cache and the heap
 COLUMNS = 16384  # columns gathered at a time
 ROWS = 8192  # rows that two passes in turn find in the cache
+VECTOR = 16  # a convolution computes outputs in vectors of so many; a part of one costs more than all of it
 SMALL = 20480  # numbers: up to these PyTorch convolves on a CPU with another library, that rounds differently
 
 
@@ -186,9 +187,9 @@ class BlockPlan:
                 if layer.full.numel():
                     convolve(source, around, layer.full, store[1 : columns.count - 1, layer.from_output :], space)
                 executed += (columns.count - 2) * layer.full.numel()
-                if layer.from_output:  # all inputs are dense, so that these hold at important pixels too
+                if layer.from_output:
                     store[: columns.count, :n_out] = _take(thin_rows, columns.pixel)
-                elif n_out and not last:
+                if n_out and not layer.all_dense and not last:
                     thin_rows[columns.pixel[columns.important]] = store[: columns.count][columns.important, :n_out]
                     thin = _image(thin_rows, mask.shape)
                 if not last:
@@ -226,7 +227,7 @@ class BlockPlan:
             if len(denied):
                 allowed = rows.new_zeros(len(denied), rows.shape[1])
                 if n_out:
-                    if layer.from_output:
+                    if layer.all_dense:
                         thin_rows = rows[:, :n_out]
                     else:
                         thin_rows = _rows(layer.run_thin(thin))
@@ -255,10 +256,10 @@ class LayerPlan:
         channels = weight.shape[0]
         self.n_in, self.n_out = n_in, n_out
         self.weight = weight.contiguous(memory_format=torch.channels_last)
-        # Everywhere, dense channels from dense channels; at important pixels all the rest: every output, or where all
-        # inputs are dense only the sparse ones.
+        self.all_dense = n_in == channels  # then dense outputs are the same at important pixels as everywhere
+        # Everywhere, dense outputs from dense inputs; at important pixels all outputs, or those that are not the same.
         self.thin = weight[:n_out, :n_in].contiguous(memory_format=torch.channels_last)
-        self.from_output = n_out if n_in == channels else 0
+        self.from_output = n_out // VECTOR * VECTOR if self.all_dense else 0
         self.full = self.weight[self.from_output :]
         self.collect = collect.contiguous()
 
@@ -271,7 +272,8 @@ class LayerPlan:
     def macs(self, pixels, important):
         """Multiply-adds that the masks ask for, of so many pixels, of which so many are important."""
         channels = len(self.collect)
-        convolved = pixels * self.thin.numel() + important * self.full.numel()
+        sparse = channels - self.n_out if self.all_dense else channels
+        convolved = pixels * self.thin.numel() + important * self.weight[:sparse].numel()
         collected = pixels * self.n_out + important * (channels - self.n_out)
         return convolved + collected * channels
 
