@@ -23,7 +23,7 @@ from model.common import Work, by_strips, conv_macs, strips
 from utility import InputError, synchronize
 
 MODES = ("auto", "sparse", "dense")
-TILE = 256  # side of a tile on a CPU, where maps of more pixels leave the cache and the heap
+TILE = 224  # side of a tile on a CPU, where maps of more pixels leave the cache and the heap
 COLUMNS = 16384  # columns gathered at a time
 ROWS = 8192  # rows that two passes in turn find in the cache
 VECTOR = 16  # a convolution computes outputs in vectors of so many; a part of one costs more than all of it
