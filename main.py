@@ -3,17 +3,20 @@
 import functools
 import logging
 import sys
+import time
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import distributed
 import option
 from data import build_test_sets, build_train_loader
 from data.image import write_png
+from evaluation import evaluate, table
 from loss import build_loss
 from model import build_model, read_weights
 from model.inference import self_ensemble
-from trainer import Schedules, Trainer, build_optimizer, evaluate, table
+from trainer import Schedules, Trainer, build_optimizer
 from utility import (
     INTERRUPTED,
     Experiment,
@@ -24,6 +27,7 @@ from utility import (
     write_json,
     write_options,
 )
+from watch import Board
 
 
 def main(argv=None):
@@ -34,17 +38,22 @@ def main(argv=None):
         stored = Experiment(args.load).load_options()
         args = option.parse(argv, stored)
     torch.manual_seed(args.seed)
-    return test(args) if args.test_only else train(args, stored)
+    device = distributed.start(pick_device(args.device))
+    try:
+        return test(args, device) if args.test_only else train(args, stored, device)
+    finally:
+        distributed.stop()
 
 
-def train(args, stored):
+def train(args, stored, device):
+    deadline = time.monotonic() + args.time_limit * 60
     experiment = Experiment(args.save)
     state = experiment.load_checkpoint() if args.load else None
-    if state is None:
+    if state is None and not args.dry_run:
         experiment.check_start(args.reset, keep=args.pre_train)
-    device = pick_device(args.device)
     weights = state["model"] if state else read_weights(args.pre_train) if args.pre_train else None
-    model = make_model(args, weights, args.pre_train or args.load).to(device, memory_format=torch.channels_last)
+    model = make_model(args, weights, args.pre_train or args.load, transfer=state is None)
+    model = model.to(device, memory_format=torch.channels_last)
     criterion = build_loss(
         args.loss, args.n_colors, args.rgb_range, args.vgg_weights, args.patch_size * args.scale,
         k=args.gan_k, lr=args.lr, betas=args.betas, eps=args.epsilon, weight_decay=args.weight_decay,
@@ -53,27 +62,43 @@ def train(args, stored):
         args.optimizer, model.parameters(), args.lr, args.betas, args.epsilon, args.momentum, args.weight_decay
     )
     test_sets = build_test_sets(args.data_test, args.dir_data, args.scale, args.data_range, args.n_colors)
-    loader = build_train_loader(
-        args.data_train, args.dir_data, args.scale, args.data_range, args.patch_size, not args.no_augment,
-        args.n_colors, args.ext, args.seed, args.batch_size, args.test_every, args.n_threads, device.type == "cuda",
-    )  # fmt: skip
+    with distributed.main_first():  # it builds the cache
+        ext = "sep" if distributed.is_helper() and args.ext == "sep_reset" else args.ext
+        loader = build_train_loader(
+            args.data_train, args.dir_data, args.scale, args.data_range, args.patch_size, not args.no_augment,
+            args.n_colors, ext, args.seed, args.batch_size, args.test_every, args.n_threads, device.type == "cuda",
+            distributed.rank(), distributed.world_size(),
+        )  # fmt: skip
+    schedules = Schedules(
+        args.lr, args.decay, args.gamma, args.tau_min, args.tau_epochs, args.lambda_sparsity, args.lambda_warmup
+    )
     trainer = Trainer(
-        model, criterion, optimizer, loader, test_sets, experiment,
-        Schedules(args.lr, args.decay, args.gamma, args.tau_min, args.tau_epochs, args.lambda_sparsity,
-                  args.lambda_warmup),
-        args.rgb_range, args.gclip, args.split_batch, args.skip_threshold, args.print_every, args.save_models,
+        model, criterion, optimizer, loader, test_sets, experiment, schedules, args.seed, args.rgb_range, args.gclip,
+        args.split_batch, args.skip_threshold, args.max_bad_steps, option.PRECISIONS[args.precision], args.compile,
+        args.ema, args.print_every, args.save_models, deadline,
     )  # fmt: skip
     if state:
         trainer.load_state(state)
         if trainer.epoch > args.epochs:
             raise InputError(f"--load {args.save}: has its {trainer.epoch - 1} epochs; ask for more with --epochs")
-    else:
-        experiment.start(args.reset)
-    origin = {key: stored[key] for key in ("pre_train", "template") if key in stored}
-    write_options(experiment.folder / "options.json", {**vars(args), **origin}, option.defaults())
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    with experiment.logging(), logging_redirect_tqdm():
+    if args.dry_run:
+        for line in trainer.dry_run(args.epochs):
+            logger.info(line)
+        return 0
+    if distributed.is_helper():
+        return 0 if trainer.fit(args.epochs) else INTERRUPTED
+    if not state:
+        with experiment.alone():
+            experiment.start(args.reset)
+    with experiment.alone(), experiment.logging(), logging_redirect_tqdm():
+        if args.tensorboard:
+            trainer.board = Board(experiment.folder, args.images_every)
+        origin = {key: stored[key] for key in ("pre_train", "template") if key in stored}
+        write_options(experiment.folder / "options.json", {**vars(args), **origin}, option.defaults())
+        n_parameters = sum(parameter.numel() for parameter in model.parameters())
         logger.info(f"{args.model} x{args.scale}, {n_parameters:,} parameters, {len(loader.dataset)} images, {device}")
+        for change in option.changes(args, stored):
+            logger.info(f"from here on: {change}")
         finished = trainer.fit(args.epochs)
         if finished:
             logger.info(f"written to {experiment.folder}")
@@ -82,14 +107,13 @@ def train(args, stored):
     return 0 if finished else INTERRUPTED
 
 
-def test(args):
+def test(args, device):
     experiment = Experiment(args.save)
     path = args.pre_train
     if args.load:
         path = experiment.weights_path({0: "best", -1: "latest"}.get(args.resume, args.resume))
     if not path:
         raise InputError("--test_only needs weights: give --pre_train FILE, or --load NAME for those of a run")
-    device = pick_device(args.device)
     model = make_model(args, read_weights(path), path)
     model = model.to(device, option.PRECISIONS[args.precision], memory_format=torch.channels_last)
     run = functools.partial(model.inference, mode=args.inference, tile=args.chop_size if args.chop else None)
@@ -99,13 +123,16 @@ def test(args):
         args.data_test, args.dir_data, args.scale, args.data_range, args.n_colors, args.dir_demo
     )
     for images in test_sets:
-        folder = experiment.start_results(images.name, args.scale, args.reset)
+        with distributed.main_first():
+            folder = experiment.start_results(images.name, args.scale, args.reset and not distributed.is_helper())
 
         def save(name, sr, folder=folder):
             write_png(folder / f"{name}_x{args.scale}_SR.png", sr)
 
         saves = args.save_results or images.name == "demo"
         metrics = evaluate(model, images, run, args.rgb_range, save if saves else None)
+        if distributed.is_helper():
+            continue
         write_json(folder / "metrics.json", metrics)
         write_options(folder / "options.json", vars(args), option.defaults())
         for line in table(metrics):
@@ -116,9 +143,9 @@ def test(args):
     return 0
 
 
-def make_model(args, weights, origin):
+def make_model(args, weights, origin, transfer=False):
     return build_model(
-        args.model, weights, origin, scale=args.scale, n_colors=args.n_colors, rgb_range=args.rgb_range,
+        args.model, weights, origin, transfer, scale=args.scale, n_colors=args.n_colors, rgb_range=args.rgb_range,
         n_feats=args.n_feats, n_blocks=args.n_blocks, n_layers=args.n_layers,
         n_resblocks=args.n_resblocks, res_scale=args.res_scale,
     )  # fmt: skip

@@ -21,8 +21,14 @@ TEMPLATES = {
 
 
 # Options that say what to do this time, so that a run which goes on does not take them over from its start.
-OF_ONE_CALL = {"cpu", "n_GPUs", "load", "save", "pre_train", "reset", "resume", "template", "test_only"}
+OF_ONE_CALL = {
+    "cpu", "n_GPUs", "load", "save", "pre_train", "reset", "resume", "template", "test_only", "dry_run", "time_limit",
+}  # fmt: skip
 OF_TESTS = ("chop", "self_ensemble", "save_results")
+OF_MODELS = (
+    "model", "scale", "n_feats", "n_blocks", "n_layers", "n_resblocks", "res_scale", "n_colors", "rgb_range",
+)  # fmt: skip
+OF_1000_EPOCHS = {"decay": [200], "tau_epochs": 500, "lambda_warmup": 50}  # the paper's schedules
 PRECISIONS = {"single": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -51,12 +57,38 @@ def parse(argv=None, stored=None):
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{key: value for key, value in stored.items() if key in known - OF_ONE_CALL})
     args = parser.parse_args(argv)
+    for key in OF_MODELS:
+        if stored and stored.get(key) not in (None, getattr(args, key)):
+            raise InputError(
+                f"--{key} {getattr(args, key)}: the run has {stored[key]}; leave it out, or start another run"
+            )
+    _scale_schedules(args)
     _check(args)
     return args
 
 
+def _scale_schedules(args):
+    """Those that are not given are the paper's, for 1000 epochs, in proportion to --epochs."""
+    for key, value in OF_1000_EPOCHS.items():
+        if getattr(args, key) is None:
+            lengths = [max(1, round(length * args.epochs / 1000)) for length in (value if key == "decay" else [value])]
+            setattr(args, key, lengths if key == "decay" else lengths[0])
+
+
 def defaults():
-    return vars(build_parser().parse_args([]))
+    args = build_parser().parse_args([])
+    _scale_schedules(args)
+    return vars(args)
+
+
+def changes(args, stored):
+    """What differs from the options of the run that is continued: ["lr 0.0001 (0.0002 before)", ...]."""
+    options = vars(args)
+    return [
+        f"{key} {options[key]} ({before} before)"
+        for key, before in stored.items()
+        if key in options and key not in OF_ONE_CALL and options[key] != before
+    ]
 
 
 def build_parser():
@@ -71,7 +103,7 @@ def build_parser():
     group.add_argument("--n_threads", type=count, default=min(4, os.cpu_count() or 1), help="processes that read data")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     group.add_argument("--cpu", action="store_true", help="the same as --device cpu")
-    group.add_argument("--n_GPUs", type=positive_int, help="ask for a GPU; this version runs on one")
+    group.add_argument("--n_GPUs", type=positive_int, help="ask for a GPU, or for as many as torchrun starts processes")
     group.add_argument("--seed", type=seed, default=1, help="of all that is random")
 
     group = parser.add_argument_group("data")
@@ -110,7 +142,11 @@ def build_parser():
     group.add_argument("--n_layers", type=positive_int, help="sparse mask convolutions in each of them")
     group.add_argument("--n_resblocks", type=positive_int, help="residual blocks of EDSR")
     group.add_argument("--res_scale", type=positive_float, help="factor of EDSR's residual branches")
-    group.add_argument("--precision", choices=PRECISIONS, default="single", help="numbers of the network in a test")
+    group.add_argument(
+        "--precision", choices=PRECISIONS, default="single",
+        help="numbers of the network in a test; in a training of its convolutions",
+    )  # fmt: skip
+    group.add_argument("--compile", action="store_true", help="compile the network for training (torch.compile)")
 
     group = parser.add_argument_group("training")
     group.add_argument("--reset", action="store_true", help="delete what the run --save left before")
@@ -119,12 +155,19 @@ def build_parser():
     group.add_argument("--batch_size", type=positive_int, default=16)
     group.add_argument("--split_batch", type=positive_int, default=1, help="run a batch in parts, to need less memory")
     group.add_argument("--lr", type=positive_float, default=2e-4, help="learning rate")
-    group.add_argument("--decay", type=milestones, default=[200], help="epochs: N each N, or A-B-C at these")
+    group.add_argument(
+        "--decay", type=milestones, help="epochs: N each N, or A-B-C at these (200 of 1000 epochs, else in proportion)"
+    )
     group.add_argument("--gamma", type=positive_float, default=0.5, help="factor of each decay")
     group.add_argument("--tau_min", type=positive_float, default=0.4, help="where the temperature ends; 1: none")
-    group.add_argument("--tau_epochs", type=positive_int, default=500, help="the temperature falls by 1/N an epoch")
+    group.add_argument(
+        "--tau_epochs", type=positive_int,
+        help="the temperature falls by 1/N an epoch (500 of 1000 epochs, else in proportion)",
+    )  # fmt: skip
     group.add_argument("--lambda_sparsity", type=non_negative_float, default=0.1, help="weight of the sparsity loss")
-    group.add_argument("--lambda_warmup", type=count, default=50, help="epochs in which it grows from 0")
+    group.add_argument(
+        "--lambda_warmup", type=count, help="epochs in which it grows from 0 (50 of 1000 epochs, else in proportion)"
+    )
     group.add_argument("--optimizer", default="ADAM", help="ADAM, SGD or RMSprop")
     group.add_argument("--momentum", type=non_negative_float, default=0.9, help="of SGD")
     group.add_argument("--betas", type=share, nargs=2, default=[0.9, 0.999], help="of ADAM")
@@ -138,6 +181,13 @@ def build_parser():
     )
     group.add_argument("--skip_threshold", type=positive_float, default=1e8,
                        help="skip a batch whose loss is N times that of the last epoch")  # fmt: skip
+    group.add_argument("--max_bad_steps", type=positive_int, default=50, help="so many skipped batches in a row end it")
+    group.add_argument("--ema", type=share, default=0.0, help="decay of a moving average of the weights, kept too")
+    group.add_argument("--time_limit", type=positive_float, default=math.inf, metavar="MINUTES",
+                       help="stop in time with everything saved")  # fmt: skip
+    group.add_argument(
+        "--dry_run", action="store_true", help="take a step, measure an image, write nothing, say what it takes"
+    )
 
     group = parser.add_argument_group("testing")
     group.add_argument("--test_only", action="store_true", help="test, do not train")
@@ -155,6 +205,10 @@ def build_parser():
                        help="with --load --test_only: 0 its best weights, -1 the latest, N of epoch N")  # fmt: skip
     group.add_argument("--save_models", action="store_true", help="keep the weights of every epoch")
     group.add_argument("--print_every", type=positive_int, default=10, help="batches between two looks at the loss")
+    group.add_argument("--tensorboard", action="store_true", help="write experiment/NAME/tensorboard, too")
+    group.add_argument(
+        "--images_every", type=positive_int, default=10, help="epochs between two images of --tensorboard"
+    )
     return parser
 
 
@@ -163,11 +217,14 @@ def _check(args):
         if args.device not in ("auto", "cpu") or args.n_GPUs:
             raise InputError("--cpu and a GPU are both asked for; leave one out")
         args.device = "cpu"
-    if args.n_GPUs:
-        if args.n_GPUs > 1:
-            raise InputError(f"--n_GPUs {args.n_GPUs}: this version runs on one; leave the flag out")
-        if args.device == "auto":
-            args.device = "cuda"
+    if args.n_GPUs and args.device == "auto":
+        args.device = "cuda"
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.n_GPUs and args.n_GPUs != world_size and (args.n_GPUs > 1 or world_size > 1):
+        raise InputError(
+            f"--n_GPUs {args.n_GPUs}, and {world_size} process(es); several GPUs take: "
+            f"torchrun --nproc_per_node={args.n_GPUs} main.py ..."
+        )
     if args.load and args.save not in (None, args.load):
         raise InputError(f"--load {args.load} goes on in experiment/{args.load}; leave --save {args.save} out")
     args.save = args.load or args.save or "test"
@@ -180,8 +237,6 @@ def _check(args):
     if args.load and args.pre_train:
         raise InputError("--load brings its own weights; leave --pre_train out")
     if not args.test_only:
-        if args.precision != "single":
-            raise InputError(f"--precision {args.precision} is for --test_only; training runs in single precision")
         if args.inference != "auto":
             raise InputError(f"--inference {args.inference} is for --test_only; leave it out of a training")
         for name in OF_TESTS:

@@ -1,4 +1,4 @@
-"""Train a network and measure it: the schedules, one epoch, fit, evaluate."""
+"""Train a network: the schedules, one epoch, fit."""
 
 import contextlib
 import math
@@ -7,23 +7,18 @@ import signal
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_value_, get_total_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from loss.sparsity import active_share
-from utility import (
-    InputError,
-    is_out_of_memory,
-    logger,
-    luma,
-    psnr,
-    quantize,
-    random_state,
-    set_random_state,
-    shave,
-    ssim,
-    synchronize,
-)
+import distributed
+from evaluation import evaluate, headline
+from loss.sparsity import active_shares
+from utility import InputError, logger, peak_memory, synchronize
 
 # ---- schedules, functions of the epoch 1, 2, ... ---------------------------------------------------------------------
 
@@ -72,16 +67,32 @@ class Schedules:
 def build_optimizer(name, parameters, lr, betas=(0.9, 0.999), epsilon=1e-8, momentum=0.9, weight_decay=0.0):
     """'ADAM', 'SGD' or 'RMSprop'. Raises InputError for any other."""
     if name == "ADAM":
-        return torch.optim.Adam(parameters, lr, betas, epsilon, weight_decay)
+        return torch.optim.Adam(parameters, lr, betas, epsilon, weight_decay, fused=True)
     if name == "SGD":
-        return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay)
+        return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=True)
     if name == "RMSprop":
         return torch.optim.RMSprop(parameters, lr, eps=epsilon, weight_decay=weight_decay)
     raise InputError(f"--optimizer {name}: no such optimizer; there are ADAM, SGD, RMSprop")
 
 
+class TrainingForward(nn.Module):
+    """A model as DistributedDataParallel and torch.compile want it: a module whose call is the training forward."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, tau):
+        return self.model.training_forward(x, tau)
+
+
 class Trainer:
     """Trains a model and keeps what it takes to go on from any epoch, or from the middle of one.
+
+    No step waits for the device: what is looked at is summed there, and read every `print_every` steps. A step with a
+    loss or gradient that is not finite changes nothing; the device decides that, too.
+
+    Where several processes run, each trains on its share of every batch, and that of rank 0 writes.
 
     Args:
         model: of the package `model`, on its device
@@ -91,32 +102,54 @@ class Trainer:
         test_sets: WholeImages, measured after each epoch; the first one tells which epoch is best
         experiment: a utility.Experiment, started
         schedules: Schedules
+        seed: of the noise of the masks, with the epoch, the step and the rank
         rgb_range: of the model's input
         gclip: bound of each gradient value; 0: none
         split_batch: parts in which a batch is run, to need less memory
         skip_threshold: a batch whose loss is more than so many times that of the epoch before is skipped
-        print_every: batches between two updates of the progress bar
+        max_bad_steps: so many skipped batches in a row end the run
+        precision: dtype in which convolutions are computed; weights, loss and updates are float32
+        compile: compile the training forward and its backward
+        ema: decay of an exponential moving average of the weights, measured and kept beside them; 0: none
+        print_every: batches between two looks
         keep_all: keep the weights of every epoch
+        deadline: where time.monotonic() passes it, the run stops, all saved
+        board: a watch.Board, or None
     """
 
     def __init__(
-        self, model, criterion, optimizer, loader, test_sets, experiment, schedules, rgb_range=255, gclip=0.0,
-        split_batch=1, skip_threshold=1e8, print_every=10, keep_all=False,
+        self, model, criterion, optimizer, loader, test_sets, experiment, schedules, seed=1, rgb_range=255, gclip=0.0,
+        split_batch=1, skip_threshold=1e8, max_bad_steps=50, precision=torch.float32, compile=False, ema=0.0,
+        print_every=10, keep_all=False, deadline=math.inf, board=None,
     ):  # fmt: skip
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.loader, self.test_sets, self.experiment, self.schedules = loader, test_sets, experiment, schedules
-        self.rgb_range, self.gclip, self.split_batch = rgb_range, gclip, split_batch
-        self.skip_threshold, self.print_every, self.keep_all = skip_threshold, print_every, keep_all
+        self.seed, self.rgb_range, self.gclip, self.split_batch = seed, rgb_range, gclip, split_batch
+        self.skip_threshold, self.max_bad_steps, self.precision = skip_threshold, max_bad_steps, precision
+        self.print_every, self.keep_all, self.deadline, self.board = print_every, keep_all, deadline, board
         self.device = next(model.parameters()).device
-        self.steps_per_epoch = loader.sampler.draws // loader.batch_size
+        self.forward = TrainingForward(model)
+        if compile:
+            self.forward.compile(dynamic=False)
+        if distributed.world_size() > 1:
+            self.forward = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
+        # It also skips steps without asking the device, and scales only where float16 needs that.
+        half = precision == torch.float16
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, init_scale=2.0**16 if half else 1.0, enabled=self.device.type != "mps"
+        )
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
         self.history = []  # one dict of numbers for each finished epoch
         self.epoch, self.step = 1, 0  # the epoch in progress and how many of its steps are done
-        self.totals = {}  # sums over those steps
+        self._start_sums()
         self._stop = False
 
     def fit(self, epochs):
-        """Train up to and including the epoch `epochs`. Returns False if it was interrupted before that."""
-        with self._stop_on_interrupt():
+        """Train up to and including the epoch `epochs`. Returns False if it was interrupted before that.
+
+        Raises InputError if nothing but skipped steps come, another process is lost, or files cannot be written.
+        """
+        with self._stop_on_interrupt(), self._failures_told():
             if self.epoch == 1 and self.step == 0:
                 self._save_checkpoint()  # killed from here on, the run can go on
             while self.epoch <= epochs:
@@ -128,110 +161,245 @@ class Trainer:
                 self._finish_epoch()
         return True
 
+    def dry_run(self, epochs):
+        """Take a step and measure an image, write nothing, and return lines on sizes, memory and time."""
+        batches = iter(self.loader)
+        seconds = []
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            self._train_step(*map(self._to_input, next(batches)), *self._schedule_tensors())
+            synchronize(self.device)
+            seconds.append(time.perf_counter() - started)
+        per_image = []
+        for images in self.test_sets:
+            _, lr, _ = images[0]
+            self.model.eval()
+            started = time.perf_counter()
+            self.model.inference(self._to_input(lr[None]))
+            synchronize(self.device)
+            per_image.append(time.perf_counter() - started)
+        evaluation = sum(s * len(images) for s, images in zip(per_image, self.test_sets, strict=True))
+        hours = epochs * (seconds[-1] * self.loader.sampler.steps + evaluation) / 3600
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        return [
+            f"{type(self.model).__name__}: {count:,} parameters, {self.device}",
+            f"a batch: {self.loader.sampler.batch_size} patches of {self._patch_shape()}, "
+            f"{self.loader.sampler.steps} batches an epoch, {len(self.loader.dataset)} images",
+            f"a step: {seconds[-1]:.3f} s; an evaluation: about {evaluation:.1f} s",
+            f"memory: {peak_memory(self.device) / 2**30:.2f} GiB at its peak",
+            f"{epochs} epochs: about {hours:.1f} hours",
+        ]
+
+    def _patch_shape(self):
+        patches = self.loader.dataset
+        return f"{patches.patch_size}x{patches.patch_size} pixels, x{patches.scale}"
+
+    def _schedule_tensors(self):
+        """tau and lambda of the epoch, as tensors (): numbers would be compiled into the network."""
+        _, tau, lambda_ = self.schedules.at(self.epoch)
+        return torch.tensor(tau, device=self.device), torch.tensor(lambda_, device=self.device)
+
     def _train_epoch(self):
         lr, tau, lambda_ = self.schedules.at(self.epoch)
         self.criterion.set_learning_rate(lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        sampler, batch_size = self.loader.sampler, self.loader.batch_size
-        sampler.epoch, sampler.first_draw = self.epoch, self.step * batch_size
+        sampler = self.loader.sampler
+        sampler.epoch, sampler.first_step = self.epoch, self.step
+        tensors = self._schedule_tensors()
         self.model.train()
-        first_step, started, before = self.step, time.perf_counter(), self.totals.get("seconds", 0.0)
-        with tqdm(total=self.steps_per_epoch, initial=self.step, desc=f"epoch {self.epoch}", leave=False) as bar:
-            for lr_images, hr_images in self.loader:
-                self._train_step(self._to_input(lr_images), self._to_input(hr_images), tau, lambda_)
+        first_step, started, before = self.step, time.perf_counter(), self.seconds
+        with tqdm(
+            total=sampler.steps, initial=self.step, desc=f"epoch {self.epoch}", leave=False,
+            disable=distributed.is_helper(),
+        ) as bar:  # fmt: skip
+            for lr_images, hr_images in self.loader if self.step < sampler.steps else ():
+                self._train_step(self._to_input(lr_images), self._to_input(hr_images), *tensors)
                 self.step += 1
-                self.totals["seconds"] = before + time.perf_counter() - started
-                bar.update()
-                if self.step % self.print_every == 0:
-                    means = self._means()
-                    speed = (self.step - first_step) * batch_size / (self.totals["seconds"] - before)
+                looks = self.step % self.print_every == 0 or self.step == sampler.steps
+                if looks:
+                    means = self._look()
+                    self.seconds = before + time.perf_counter() - started
+                    speed = (self.step - first_step) * sampler.batch_size / (self.seconds - before)
                     bar.set_postfix_str(
                         f"loss {means['loss']:.3f}, active {means['active']:.2f}, "
                         f"tau {tau:.2f}, lambda {lambda_:.3f}, {speed:.1f} images/s"
                     )
-                if self._stop:
+                bar.update()
+                if self._stops(looks):
                     break
+        self.seconds = before + time.perf_counter() - started
+        if self.sums is not None:
+            distributed.average([self.sums])
 
     def _train_step(self, lr_images, hr_images, tau, lambda_):
+        """One step on LR (N, C, P, P) and HR (N, C, sP, sP) in 0...rgb_range; tau and lambda_ tensors ()."""
+        torch.manual_seed(self._noise_seed())
         self.optimizer.zero_grad()
-        parts = []
-        for lr, hr in zip(lr_images.chunk(self.split_batch), hr_images.chunk(self.split_batch), strict=True):
-            sr, masks = self.model.training_forward(lr, tau)
-            loss, losses = self.criterion(sr, hr)
-            active = active_share(masks)
+        sums = 0
+        for last, lr, hr in self._parts(lr_images, hr_images):
             share = len(lr) / len(lr_images)
-            loss = (loss + lambda_ * active) * share
-            loss.backward()
-            losses = {f"loss_{name}": value * share for name, value in losses.items()}
-            parts.append({"loss": loss.detach(), "active": active.detach() * share} | losses)
-        means = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
-        last = self.history[-1]["loss"] if self.history else math.inf
-        if not math.isfinite(means["loss"]) or means["loss"] > self.skip_threshold * abs(last):
-            logger.warning(f"epoch {self.epoch}, step {self.step + 1}: loss {means['loss']:.3g}, batch skipped")
-            return
+            with contextlib.nullcontext() if last else self._without_exchange():
+                with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+                    sr, masks = self.forward(lr, tau)
+                loss, losses = self.criterion(sr.float(), hr)
+                shares = active_shares(masks) if masks else loss.new_ones(1)
+                loss = (loss + lambda_ * shares.mean()) * share
+                parts = [part * share for part in losses.values()]
+                sums = sums + torch.stack([loss, *parts, *shares * share]).detach()
+                if last:  # a gradient of NaN is how to have the step skipped
+                    accepted = sums[0] <= self._largest_loss()  # NaN is not
+                    loss = loss * torch.where(accepted & sums[0].isfinite(), 1.0, math.nan)
+                self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
         if self.gclip:
-            torch.nn.utils.clip_grad_value_(self.model.parameters(), self.gclip)
-        self.optimizer.step()
-        for name, value in {**means, "batches": 1}.items():
-            self.totals[name] = self.totals.get(name, 0.0) + value
+            clip_grad_value_(self.model.parameters(), self.gclip)
+        good = norm.isfinite()
+        if self.scaler.is_enabled() or good:
+            self.scaler.step(self.optimizer)
+        self.scaler.update(None if self.precision == torch.float16 else 1.0)
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        self._add_up(list(losses), sums, norm, good)
+        self._masks = [m.detach() for m, _ in masks]
+
+    def _noise_seed(self):
+        words = np.random.SeedSequence((self.seed, self.epoch, self.step, distributed.rank())).generate_state(1, "u8")
+        return int(words[0] >> 1)
+
+    def _parts(self, lr_images, hr_images):
+        """(whether it is the last, LR, HR) of each part of a batch."""
+        parts = list(zip(lr_images.chunk(self.split_batch), hr_images.chunk(self.split_batch), strict=True))
+        return [(part is parts[-1], *part) for part in parts]
+
+    def _without_exchange(self):
+        return self.forward.no_sync() if distributed.world_size() > 1 else contextlib.nullcontext()
+
+    def _largest_loss(self):
+        return self.skip_threshold * abs(self.history[-1]["loss"]) if self.history else math.inf
 
     def _finish_epoch(self):
         lr, tau, lambda_ = self.schedules.at(self.epoch)
         row = {"epoch": self.epoch, "lr": lr, "tau": tau, "lambda": lambda_, **self._means()}
-        row["seconds"] = self.totals["seconds"]
+        row |= {"skipped": int(self.bad[0]), "seconds": self.seconds}
+        sampler = self.loader.sampler
         logger.info(
             f"epoch {self.epoch}: loss {row['loss']:.4f}, active {row['active']:.3f}, lr {lr:.2e}, tau {tau:.3f}, "
-            f"lambda {lambda_:.4f}, {self.steps_per_epoch * self.loader.batch_size / row['seconds']:.1f} images/s"
+            f"lambda {lambda_:.4f}, {sampler.steps * sampler.batch_size / row['seconds']:.1f} images/s"
         )
         for images in self.test_sets:
-            metrics = evaluate(self.model, images, rgb_range=self.rgb_range, warm_up=False)
-            psnr_name, psnr_mean = headline(metrics)
-            row[f"{psnr_name}_{images.name}"] = psnr_mean
-            row[f"ssim_y_{images.name}"] = metrics["ssim_y"]
-            row[f"active_share_{images.name}"] = metrics["active_share"]
-            logger.info(
-                f"  {images.name} x{images.scale}: {psnr_name} {psnr_mean:.3f} dB, ssim_y {metrics['ssim_y']:.4f}, "
-                f"active share {metrics['active_share']:.3f}"
-            )
-        self.history.append(row)
-        weights = self.model.state_dict()
-        if self._is_best():
-            self.experiment.save_weights("best", weights)
-        if self.keep_all:
-            self.experiment.save_weights(self.epoch, weights)
-        self.experiment.save_weights("latest", weights)
-        self.experiment.write_history(self.history)
-        self.epoch, self.step, self.totals = self.epoch + 1, 0, {}
+            for model, suffix in ((self.model, ""), *([(self.ema.module, "_ema")] if self.ema else [])):
+                metrics = evaluate(model, images, rgb_range=self.rgb_range, warm_up=False)
+                psnr_name, psnr_mean = headline(metrics)
+                row[f"{psnr_name}_{images.name}{suffix}"] = psnr_mean
+                row[f"ssim_y_{images.name}{suffix}"] = metrics["ssim_y"]
+                row[f"active_share_{images.name}{suffix}"] = metrics["active_share"]
+                logger.info(
+                    f"  {images.name} x{images.scale}{suffix.replace('_', ', ')}: {psnr_name} {psnr_mean:.3f} dB, "
+                    f"ssim_y {metrics['ssim_y']:.4f}, active share {metrics['active_share']:.3f}"
+                )
+        self.history.append(row | self.mask_histogram)
+        if not distributed.is_helper():
+            self._keep("", self.model)
+            if self.ema:
+                self._keep("_ema", self.ema.module)
+            self.experiment.write_history(self.history)
+            if self.board:
+                self.board.show(self.history[-1], self.model, self.test_sets[0], self.rgb_range)
+        self.epoch, self.step = self.epoch + 1, 0
+        self._start_sums()
         self._save_checkpoint()  # last: killed before this line, the epoch is measured and kept again
 
-    def _is_best(self):
-        column = next(key for key in self.history[-1] if key.startswith("psnr"))
-        return all(self.history[-1][column] > row.get(column, -math.inf) for row in self.history[:-1])
+    def _keep(self, suffix, model):
+        weights = model.state_dict()
+        if self._is_best(suffix):
+            self.experiment.save_weights(f"best{suffix}", weights)
+        if self.keep_all:
+            self.experiment.save_weights(f"{self.epoch}{suffix}", weights)
+        self.experiment.save_weights(f"latest{suffix}", weights)
 
-    def _means(self):
-        count = self.totals.get("batches", 0)
-        names = [name for name in self.totals if name not in ("batches", "seconds")]
-        return {name: self.totals[name] / count for name in names} if count else {"loss": math.nan, "active": math.nan}
+    def _is_best(self, suffix):
+        name = next(key for key in self.history[-1] if key.startswith("psnr")) + suffix
+        return all(self.history[-1][name] > row.get(name, -math.inf) for row in self.history[:-1])
 
     def _to_input(self, images):
-        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        return images.float() * (self.rgb_range / 255)
+        images = images.to(self.device, non_blocking=True)
+        return images.to(torch.float32, memory_format=torch.channels_last) * (self.rgb_range / 255)
 
-    # ---- going on later --------------------------------------------------------------------------------------------
+    # ---- what is looked at -----------------------------------------------------------------------------------------
+
+    def _start_sums(self):
+        self.names = ()  # of the numbers that are summed
+        self.sums = None  # over the good steps of this epoch, and last how many these are; on the device
+        self.bad = torch.zeros(2, device=self.device)  # skipped steps: in this epoch, and in a row
+        self._bad_told = 0
+        self.seconds = 0.0
+        self.mask_histogram = {}  # {"mask_0.3": share of pixels whose m is 0.3 to 0.4, ...} in the last step
+
+    def _add_up(self, losses, sums, norm, good):
+        count = len(sums) - 1 - len(losses)
+        self.names = ["loss", *(f"loss_{name}" for name in losses), *(f"active_{k + 1}" for k in range(count))]
+        self.names.append("grad_norm")
+        sums = torch.where(good, torch.cat([sums, torch.stack([norm, torch.ones_like(norm)])]), 0)
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.bad = torch.where(good, self.bad * self.bad.new_tensor([1, 0]), self.bad + 1)
+
+    def _look(self):
+        """The means up to now; waits for the device. Raises InputError if too many steps in a row were skipped."""
+        skipped, in_a_row = (int(number) for number in self.bad.tolist())
+        if skipped > self._bad_told:
+            logger.warning(
+                f"epoch {self.epoch}, step {self.step}: {skipped - self._bad_told} steps skipped, "
+                "with a loss or gradient that is not finite, or a loss far off"
+            )
+            self._bad_told = skipped
+        if in_a_row >= self.max_bad_steps:
+            raise InputError(
+                f"epoch {self.epoch}, step {self.step}: the last {in_a_row} steps were skipped, with a loss or "
+                f"gradient not finite or far off (--max_bad_steps {self.max_bad_steps}); the last good checkpoint is "
+                f"{self.experiment.checkpoint}: go on from it with --load {self.experiment.name} and a lower --lr"
+            )
+        if self.step == self.loader.sampler.steps and self._masks:
+            self.mask_histogram = mask_histogram(self._masks)
+        return self._means()
+
+    def _means(self):
+        """Of the steps that were not skipped; NaN if there are none."""
+        *values, count = self.sums.tolist() if self.sums is not None else [0]
+        means = {name: value / count if count else math.nan for name, value in zip(self.names, values, strict=True)}
+        active = [value for name, value in means.items() if name.startswith("active_")]
+        return {"loss": math.nan, **means, "active": sum(active) / len(active) if active else math.nan}
+
+    # ---- stopping, and going on later ------------------------------------------------------------------------------
+
+    def _stops(self, looks):
+        """Whether to stop after this step: all processes together, which they agree on when they look."""
+        if distributed.world_size() == 1 or looks:
+            self._stop = distributed.any_rank(self._stop or time.monotonic() > self.deadline)
+            return self._stop
+        return False
 
     def _save_checkpoint(self):
+        if distributed.is_helper():
+            return
         self.experiment.save_checkpoint(
             {
                 "model": self.model.state_dict(),
+                "ema": self.ema.state_dict() if self.ema else None,
                 "optimizer": self.optimizer.state_dict(),
                 "optimizer_name": type(self.optimizer).__name__,
+                "scaler": self.scaler.state_dict(),
                 "criterion": self.criterion.learned_state(),
                 "epoch": self.epoch,
                 "step": self.step,
-                "totals": self.totals,
+                "names": self.names,
+                "sums": self.sums,
+                "bad": self.bad,
+                "seconds": self.seconds,
+                "mask_histogram": self.mask_histogram,
                 "history": self.history,
-                "random": random_state(),
             }
         )
 
@@ -248,9 +416,29 @@ class Trainer:
             self.criterion.load_learned_state(state["criterion"])
         except KeyError as error:
             raise InputError(f"--loss: the run has no discriminator for {error}; go on with its own loss") from None
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.totals, self.history = state["totals"], state["history"]
-        set_random_state(state["random"])
+        if self.ema and state["ema"]:
+            self.ema.load_state_dict(state["ema"])
+        if state["scaler"] and self.precision == torch.float16:
+            self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
+        self.names, self.seconds, self.mask_histogram = state["names"], state["seconds"], state["mask_histogram"]
+        self.sums = None if state["sums"] is None else state["sums"].to(self.device)
+        self.bad = state["bad"].to(self.device)
+
+    @contextlib.contextmanager
+    def _failures_told(self):
+        """Within, what ends a run without being a mistake of the program is told in one line, with the way on."""
+        go_on = f"go on from {self.experiment.checkpoint} with --load {self.experiment.name}"
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{error.filename or 'a file'}: {error.strerror or error}; mend that, then {go_on}"
+            ) from None
+        except RuntimeError as error:
+            if distributed.is_lost(error):
+                raise InputError(f"another process of this training is gone; {go_on}") from None
+            raise
 
     @contextlib.contextmanager
     def _stop_on_interrupt(self):
@@ -275,110 +463,8 @@ class Trainer:
             restore()
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------
-
-
-def evaluate(model, images, run=None, rgb_range=255, save=None, warm_up=True):
-    """Run a model over a WholeImages set.
-
-    Benchmark sets are measured on Y, `scale` border pixels shaved; other sets on RGB too, `scale + 6` shaved.
-
-    Args:
-        run: LR (1, C, H, W) -> SR and Work, see model/inference.py; None: model.inference
-        save: called with (name, SR uint8 (H, W, C)) for each image
-        warm_up: run the first image once before the clock starts
-
-    Returns:
-        the dict of metrics.json; without HR images its PSNR and SSIM are nan
-    """
-    model.eval()
-    run = run or model.inference
-    parameter = next(model.parameters())
-    rows, works = [], []
-    with tqdm(range(len(images)), desc=images.name, unit="image", leave=False) as progress:
-        for index in progress:
-            name, lr, hr = images[index]
-            x = lr[None].to(parameter.device, parameter.dtype) * (rgb_range / 255)
-            try:
-                if warm_up and index == 0:
-                    run(x)
-                synchronize(parameter.device)
-                started = time.perf_counter()
-                sr, work = run(x)
-                synchronize(parameter.device)
-                seconds = time.perf_counter() - started
-                sr = quantize(sr[0], rgb_range)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                height, width = x.shape[2:]
-                raise InputError(
-                    f"{name}: not enough memory for an image of {height}x{width} pixels; "
-                    "add --chop, or with it a smaller --chop_size"
-                ) from None
-            if save:
-                save(name, sr)
-            works.append(work)
-            rows.append(
-                {"name": name, "lr_shape": list(lr.shape[1:])}
-                | compare(sr, hr, images.scale, rgb=not images.benchmark)
-                | {"seconds": seconds, "mask_density": work.mask_density, "active_share": work.active_share}
-            )
-
-    def mean(values):
-        return sum(values) / len(rows)
-
-    measured = [key for key in rows[0] if key.startswith(("psnr", "ssim"))]
-    return (
-        {"dataset": images.name, "scale": images.scale, "model": type(model).__name__}
-        | {key: mean(row[key] for row in rows) for key in measured}
-        | {
-            "n_images": len(rows),
-            "seconds_per_image": mean(row["seconds"] for row in rows),
-            "gmacs": mean(work.macs for work in works) / 1e9,
-            "gmacs_dense": mean(work.macs_dense for work in works) / 1e9,
-            "gmacs_run": mean(work.macs_run for work in works) / 1e9,
-            "gmacs_at_1280x720": at_1280x720(works, "macs", images.scale),
-            "gmacs_dense_at_1280x720": at_1280x720(works, "macs_dense", images.scale),
-            "active_share": mean(work.active_share for work in works),
-            "images": rows,
-        }
-    )
-
-
-def at_1280x720(works, count, scale):
-    """The named count of `Work`, in 1e9, of an output of 1280 x 720 pixels, on which the paper counts them."""
-    pixels = sum(work.pixels for work in works)
-    return sum(getattr(work, count) for work in works) / pixels * (1280 * 720 / scale**2) / 1e9
-
-
-def compare(sr, hr, scale, rgb=False):
-    """PSNR and SSIM of uint8 images (H, W, C), by the protocol of benchmark sets and, if `rgb`, that of DIV2K."""
-    if hr is None:
-        return {"psnr_y": math.nan, "ssim_y": math.nan}
-    sr_y, hr_y = shave(luma(sr), scale), shave(luma(hr), scale)
-    measured = {"psnr_y": psnr(sr_y, hr_y), "ssim_y": ssim(sr_y, hr_y)}
-    if rgb:
-        measured["psnr_rgb"] = psnr(shave(sr, scale + 6), shave(hr, scale + 6))
-    return measured
-
-
-def headline(metrics):
-    """(name, value) of the PSNR that a set is known by: on RGB where the protocol says so, else on Y."""
-    name = "psnr_rgb" if "psnr_rgb" in metrics else "psnr_y"
-    return name, metrics[name]
-
-
-def table(metrics):
-    """The lines of `evaluate`'s result, image by image and mean; PSNR and SSIM where there were HR images."""
-    columns = {"active_share": ("active", ".3f"), "seconds": ("seconds", ".3f")}
-    psnr_name, psnr_mean = headline(metrics)
-    if not math.isnan(psnr_mean):
-        columns = {psnr_name: (psnr_name, ".2f"), "ssim_y": ("ssim_y", ".4f")} | columns
-    rows = [*metrics["images"], metrics | {"name": "mean", "seconds": metrics["seconds_per_image"]}]
-    width = max(len(metrics["dataset"]), *(len(row["name"]) for row in rows))
-    lines = [f"{metrics['dataset']:{width}}" + "".join(f"  {title:>8}" for title, _ in columns.values())]
-    for row in rows:
-        numbers = "".join(f"  {format(row[key], form):>8}" for key, (_, form) in columns.items())
-        lines.append(f"{row['name']:{width}}{numbers}")
-    return lines
+def mask_histogram(masks):
+    """K masks m (N, 1, H, W) -> {"mask_0.3": the share of pixels whose m is 0.3 to 0.4, ...}."""
+    m = torch.cat([mask.flatten().float() for mask in masks])
+    counts = torch.histc(m, bins=10, min=0, max=1) / m.numel()
+    return {f"mask_{index / 10}": value for index, value in enumerate(counts.tolist())}

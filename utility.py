@@ -1,8 +1,7 @@
-"""What every part leans on: errors, logging, random states, metrics, and the folder of an experiment."""
+"""What every part leans on: errors, logging, devices, metrics, and the folder of an experiment."""
 
 import contextlib
 import csv
-import errno
 import io
 import json
 import logging
@@ -17,6 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from skimage.metrics import structural_similarity
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # on Windows
+    fcntl = resource = None
 
 logger = logging.getLogger("smsr")
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -38,9 +43,9 @@ def run_program(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.filename is None:
             raise
-        print(f"error: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -60,7 +65,7 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or "memory" in str(error)
 
 
-# ---- devices and random states ---------------------------------------------------------------------------------------
+# ---- devices ---------------------------------------------------------------------------------------------------------
 
 
 def pick_device(name):
@@ -87,22 +92,14 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def random_state():
-    """The states of the generators that training draws from, as plain tensors."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    if torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_random_state(state):
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state.get("cuda", [])) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if torch.backends.mps.is_available() and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
+def peak_memory(device):
+    """The most memory this process had at a time, in bytes: that of the GPU, else its own; 0 where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -160,6 +157,8 @@ def write_whole(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not name the file
     finally:
         beside.unlink(missing_ok=True)
 
@@ -190,7 +189,8 @@ class Experiment:
 
     options.json              what it was started with
     log.txt, log.csv          what was said; one line of numbers an epoch
-    loss.png, psnr.png, active_share.png
+    loss.png, psnr.png, active_share.png, masks.png
+    tensorboard/              the same and images, with --tensorboard
     checkpoint.pt             all that is needed to continue
     model/                    weights alone: model_latest.pt, model_best.pt, model_<epoch>.pt
     results-<set>-x<scale>/   of a test
@@ -201,19 +201,37 @@ class Experiment:
             raise InputError(f"{name!r} names no run: give --save or --load letters, digits and . _ + -")
         self.name = name
         self.folder = Path(root) / name
+        self.checkpoint = self.folder / "checkpoint.pt"
 
     def check_start(self, reset, keep=""):
         """InputError where `start` would overwrite a run, or delete the file `keep` with it."""
         if not self.folder.is_dir() or not any(self.folder.iterdir()):
             return
         if not reset:
-            go_on = f"--load {self.name} goes on with it, " if (self.folder / "checkpoint.pt").exists() else ""
+            go_on = f"--load {self.name} goes on with it, " if self.checkpoint.exists() else ""
             raise InputError(
                 f"--save {self.name}: {self.folder} holds a run already; {go_on}--reset deletes it, "
                 f"another --save leaves it alone"
             )
         if keep and self.folder.resolve() in Path(keep).resolve().parents:
             raise InputError(f"--reset would delete {keep}, which --pre_train asks for; choose another --save")
+
+    @contextlib.contextmanager
+    def alone(self):
+        """Within, no other process may train in this folder, if it exists. Raises InputError if one does already."""
+        with contextlib.ExitStack() as stack:
+            if fcntl and self.folder.is_dir():
+                folder = os.open(self.folder, os.O_RDONLY)
+                stack.callback(os.close, folder)
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
+                except BlockingIOError:
+                    raise InputError(
+                        f"{self.folder}: another process is training there; wait for it, or stop it"
+                    ) from None
+                except OSError:  # a file system without locks
+                    pass
+            yield
 
     def start(self, reset=False):
         """Make the folder, empty. Raises InputError if there is something in it, unless `reset`."""
@@ -250,10 +268,10 @@ class Experiment:
         save_torch(self.weights_path(which), state_dict)
 
     def save_checkpoint(self, state):
-        save_torch(self.folder / "checkpoint.pt", state)
+        save_torch(self.checkpoint, state)
 
     def load_checkpoint(self):
-        path = self.folder / "checkpoint.pt"
+        path = self.checkpoint
         if not path.is_file():
             raise InputError(f"--load {self.name}: there is no {path}, so no run to continue; start one with --save")
         try:
@@ -284,28 +302,50 @@ class Experiment:
         writer.writeheader()
         writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in history)
         write_whole(self.folder / "log.csv", text.getvalue().encode())
-        for file, label, chosen in (
-            ("loss.png", "loss", [key for key in columns if key.startswith("loss")]),
-            ("psnr.png", "PSNR (dB)", [key for key in columns if key.startswith("psnr")]),
-            ("active_share.png", "active share", ["active"]),
+        for file, label, prefix in (
+            ("loss.png", "loss", "loss"),
+            ("psnr.png", "PSNR (dB)", "psnr"),
+            ("active_share.png", "active share", "active"),
         ):
-            write_whole(self.folder / file, _curves(history, chosen, label))
+            write_whole(self.folder / file, _curves(history, [key for key in columns if key.startswith(prefix)], label))
+        bins = [key for key in columns if key.startswith("mask_")]
+        if bins:
+            write_whole(self.folder / "masks.png", _mask_curves(history, bins))
 
 
-def _curves(history, columns, label):
+def _figure(label):
     from matplotlib.figure import Figure  # no pyplot: no window system is touched
 
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="epoch", ylabel=label)
+    return figure, figure.add_subplot(xlabel="epoch", ylabel=label)
+
+
+def _png(figure):
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()
+
+
+def _curves(history, columns, label):
+    figure, axes = _figure(label)
     for column in columns:
         points = [(row["epoch"], row[column]) for row in history if math.isfinite(row.get(column, math.nan))]
         axes.plot(*zip(*points, strict=True) if points else ((), ()), marker=".", label=column)
     axes.grid(alpha=0.3)
     if len(columns) > 1:
         axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
+    return _png(figure)
+
+
+def _mask_curves(history, bins):
+    """How the values m of the spatial masks are distributed, stacked: what is sure lies at the bottom and the top."""
+    figure, axes = _figure("share of pixels, by m")
+    rows = [row for row in history if bins[0] in row]
+    shares = [[row[column] for row in rows] for column in bins]
+    colors = [str(0.1 + 0.8 * index / (len(bins) - 1)) for index in range(len(bins))]
+    axes.stackplot([row["epoch"] for row in rows], shares, labels=bins, colors=colors)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    return _png(figure)
 
 
 def write_options(path, options, defaults):

@@ -46,16 +46,17 @@ def take_range(images, span):
 
 def build_train_loader(
     names, dir_data, scale, data_range=None, patch_size=96, augment=True, n_colors=3, ext="sep", seed=1,
-    batch_size=16, iterations=1000, n_threads=4, pin_memory=False,
+    batch_size=16, steps=1000, n_threads=4, pin_memory=False, rank=0, world_size=1,
 ):  # fmt: skip
-    """A DataLoader of (LR, HR) uint8 patches, one epoch `iterations` batches; see Patches and EpochSampler."""
+    """A DataLoader of (LR, HR) uint8 patches, one epoch `steps` batches; see Patches and EpochSampler."""
     sets = [find_set(name, dir_data, scale) for name in names]
     sets = [_part_of(images, data_range, TRAIN) for images in sets]
-    patches = Patches(sets, scale, patch_size, augment, n_colors, ext, seed)
+    patches = Patches(sets, scale, patch_size, augment, n_colors, ext, seed, n_threads)
+    sampler = EpochSampler(len(patches), steps, batch_size, seed, rank, world_size)
     return DataLoader(
         patches,
-        batch_size,
-        sampler=EpochSampler(len(patches), iterations * batch_size, seed),
+        sampler.share,
+        sampler=sampler,
         num_workers=n_threads,
         persistent_workers=n_threads > 0,
         pin_memory=pin_memory,

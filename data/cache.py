@@ -9,8 +9,11 @@ A cached file bears size and time of its source in its name, so a changed source
 rename, so nobody ever finds half of one.
 """
 
+import functools
 import glob
 import io
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
@@ -21,14 +24,18 @@ from utility import InputError, write_whole
 KINDS = ("img", "sep", "sep_reset", "bin")
 
 
-def prepare(paths, root, kind, n_colors=3):
+def prepare(paths, root, kind, n_colors=3, n_threads=1):
     """Image paths below the folder `root` -> as many sources for `open_image`. Raises InputError."""
     if kind == "img":
         return list(paths)
-    with tqdm(paths, desc=f"cache {root.name}", unit="image", leave=False) as progress:
-        if kind == "bin":
-            return [read_image(path, n_colors) for path in progress]
-        return [_cached(path, root, n_colors, anew=kind == "sep_reset") for path in progress]
+    if kind == "bin":
+        read = functools.partial(read_image, n_colors=n_colors)
+    else:
+        read = functools.partial(_cached, root=root, n_colors=n_colors, anew=kind == "sep_reset")
+        for folder in {_folder(path, root) for path in paths}:
+            _sweep(folder)
+    with ThreadPoolExecutor(max(1, n_threads)) as pool:
+        return list(tqdm(pool.map(read, paths), f"cache {root.name}", len(paths), unit="image", leave=False))
 
 
 def open_image(source, n_colors=3):
@@ -45,7 +52,7 @@ def open_image(source, n_colors=3):
 
 def _cached(path, root, n_colors, anew):
     stat = path.stat()
-    folder = root / "bin" / path.relative_to(root).parent
+    folder = _folder(path, root)
     stem = f"{path.name}.{n_colors}c"
     cached = folder / f"{stem}.{stat.st_size}-{stat.st_mtime_ns}.npy"
     if anew or not cached.exists():
@@ -59,3 +66,14 @@ def _cached(path, root, n_colors, anew):
         except OSError as error:
             raise InputError(f"{cached}: cannot be written ({error.strerror}); --ext img needs no cache") from None
     return cached
+
+
+def _folder(path, root):
+    return root / "bin" / path.relative_to(root).parent
+
+
+def _sweep(folder, seconds=3600):
+    """Remove what killed processes left half written; what is younger may be another's work in progress."""
+    for left in folder.glob(".*.tmp"):
+        if time.time() - left.stat().st_mtime > seconds:
+            left.unlink(missing_ok=True)

@@ -23,12 +23,13 @@ class Patches(Dataset):
         augment: flip and turn by 90 degrees at random
         ext: kind of cache, see cache.py
         seed: >= 0
+        n_threads: that build the cache
 
     Raises:
         InputError: a set holds no image, one is smaller than a patch, or a file is broken
     """
 
-    def __init__(self, sets, scale, patch_size=96, augment=True, n_colors=3, ext="sep", seed=1):
+    def __init__(self, sets, scale, patch_size=96, augment=True, n_colors=3, ext="sep", seed=1, n_threads=1):
         self.scale, self.patch_size, self.augment, self.n_colors, self.seed = scale, patch_size, augment, n_colors, seed
         for images in sets:
             if not images.pairs:
@@ -45,8 +46,8 @@ class Patches(Dataset):
         self.hr, self.lr = [], []
         for images in sets:
             hr, lr = zip(*images.pairs.values(), strict=True)
-            self.hr += cache.prepare(hr, images.root, ext, n_colors)
-            self.lr += cache.prepare(lr, images.root, ext, n_colors)
+            self.hr += cache.prepare(hr, images.root, ext, n_colors, n_threads)
+            self.lr += cache.prepare(lr, images.root, ext, n_colors, n_threads)
 
     def __len__(self):
         return len(self.lr)
@@ -68,24 +69,35 @@ class Patches(Dataset):
 
 
 class EpochSampler(Sampler):
-    """The keys of one epoch of `Patches`: all images in random order, again and again, `draws` in all.
+    """The keys of one epoch of `Patches`: all images in random order, again and again, `steps` batches in all.
 
-    Set `epoch` before each epoch, and `first_draw` to begin in the middle of one.
+    Set `epoch` before each epoch, and `first_step` to begin in the middle of one. Of each batch of `batch_size` the
+    process of rank r among `world_size` gets the r-th part: together they see what one process would see.
+
+    Raises InputError if a batch cannot be shared out evenly.
     """
 
-    def __init__(self, n_images, draws, seed=1):
-        self.n_images, self.draws, self.seed = n_images, draws, seed
-        self.epoch, self.first_draw = 1, 0
+    def __init__(self, n_images, steps, batch_size, seed=1, rank=0, world_size=1):
+        if batch_size % world_size:
+            raise InputError(
+                f"--batch_size {batch_size}: {world_size} processes cannot share it evenly; take a multiple of them"
+            )
+        self.n_images, self.steps, self.batch_size, self.seed = n_images, steps, batch_size, seed
+        self.share = batch_size // world_size  # of a batch, for this process
+        self.rank = rank
+        self.epoch, self.first_step = 1, 0
 
     def __len__(self):
-        return self.draws - self.first_draw
+        return (self.steps - self.first_step) * self.share
 
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch))
-        rounds = -(-self.draws // self.n_images)
-        order = np.concatenate([rng.permutation(self.n_images) for _ in range(rounds)])
-        for draw in range(self.first_draw, self.draws):
-            yield int(order[draw]), self.epoch, draw
+        draws = self.steps * self.batch_size
+        order = np.concatenate([rng.permutation(self.n_images) for _ in range(-(-draws // self.n_images))])
+        for step in range(self.first_step, self.steps):
+            first = step * self.batch_size + self.rank * self.share
+            for draw in range(first, first + self.share):
+                yield int(order[draw]), self.epoch, draw
 
 
 class WholeImages(Dataset):

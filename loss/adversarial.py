@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import distributed
+
 KINDS = ("GAN", "WGAN", "WGAN_GP", "LSGAN", "RGAN")
 CLIP = 1.0  # bound of WGAN's critic weights
 PENALTY = 10.0  # weight of WGAN_GP's gradient penalty
@@ -60,6 +62,7 @@ class Adversarial(nn.Module):
         for _ in range(self.k):
             self.optimizer.zero_grad()
             self._discriminator_loss(sr.detach(), hr).backward()
+            distributed.average([parameter.grad for parameter in self.discriminator.parameters()])
             self.optimizer.step()
             if self.kind == "WGAN":
                 with torch.no_grad():

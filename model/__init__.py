@@ -6,18 +6,19 @@ import torch
 
 from model.edsr import EDSR
 from model.smsr import SMSR
-from utility import InputError
+from utility import InputError, logger
 
 MODELS = {"SMSR": SMSR, "EDSR": EDSR}
 
 
-def build_model(name, state_dict=None, origin="the weights", **sizes):
+def build_model(name, state_dict=None, origin="the weights", transfer=False, **sizes):
     """Build the network `name`, with the weights of `state_dict` if there is one.
 
     Args:
         name: a key of MODELS
         state_dict: weights as `read_weights` gives them; sizes that are not asked for are taken from their shapes
         origin: where they are from, for error messages
+        transfer: of weights of another scale take all but the tail
         sizes: constructor arguments of the network; None stands for its default
 
     Raises:
@@ -36,6 +37,13 @@ def build_model(name, state_dict=None, origin="the weights", **sizes):
         inferred = network.hyperparameters(state_dict)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise InputError(f"{origin}: not those of {name} ({error} is not among them)") from None
+    scale = sizes.get("scale", inferred["scale"])
+    if transfer and scale != inferred["scale"]:
+        logger.info(f"{origin}: of x{inferred['scale']}; all but the tail is taken for x{scale}")
+        inferred["scale"] = scale
+        own = _construct(network, {**inferred, **sizes}).state_dict()
+        state_dict = {key: value for key, value in state_dict.items() if not _is_tail(key)}
+        state_dict |= {key: value for key, value in own.items() if _is_tail(key)}
     differing = [key for key in inferred if sizes.get(key, inferred[key]) != inferred[key]]
     if differing:
         found = ", ".join(f"--{key} {inferred[key]} and not {sizes[key]}" for key in differing)
@@ -43,6 +51,10 @@ def build_model(name, state_dict=None, origin="the weights", **sizes):
     model = _construct(network, {**inferred, **sizes})
     load_weights(model, state_dict, origin)
     return model
+
+
+def _is_tail(key):
+    return key.startswith("tail.")
 
 
 def _construct(network, sizes):

@@ -72,6 +72,10 @@ class EDSR(nn.Module):
         """SR images and no masks: a dense network has no temperature and no sparsity."""
         return self(x), []
 
+    def spatial_masks(self, x):
+        """None: everything is computed everywhere."""
+        return []
+
     @torch.no_grad()
     def inference(self, x, mode="dense", tile=None):
         """LR images -> SR images and what they cost (common.Work).

@@ -100,7 +100,7 @@ class SMM(nn.Module):
         Both terms convolve the same features, so a layer is one convolution with two sets of weights.
         """
         c = c[0].unbind(1)  # L of (C,)
-        f = F.relu(self.convs[0](x) * (m + (1 - m) * c[0].view(1, -1, 1, 1)))
+        f = F.relu(self.convs[0](x) * (m + (1 - m) * c[0].to(m.dtype).view(1, -1, 1, 1)))
         outputs = [f]
         for conv, c_in, c_out in zip(self.convs[1:], c[:-1], c[1:], strict=True):
             thin = conv.weight * c_in.view(1, -1, 1, 1) * c_out.view(-1, 1, 1, 1)  # dense channels from dense channels
@@ -144,6 +144,11 @@ class SMSR(nn.Module):
     def masked_forward(self, x):
         """The dense computation that sparse inference must equal: hard masks, nothing skipped. Returns SR images."""
         return self._forward(x, SMM.hard_masks)[0]
+
+    def spatial_masks(self, x):
+        """The masks of inference for LR images (N, n_colors, H, W): K of bool (N, 1, H, W)."""
+        height, width = x.shape[-2:]
+        return [m[..., :height, :width] > 0 for m, _ in self._forward(x, SMM.hard_masks)[1]]
 
     def _forward(self, x, masks_of):
         height, width = x.shape[-2:]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation import compare
 from main import main
 from model import EDSR, SMSR
 from model.inference import self_ensemble
-from trainer import compare
 from utility import InputError, quantize
 
 ROOT = Path(__file__).resolve().parents[1]

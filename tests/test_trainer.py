@@ -1,25 +1,15 @@
 import math
+import shutil
 import signal
 
-import numpy as np
 import pytest
 import torch
 
 from data import build_test_sets, build_train_loader
 from loss import build_loss
 from model.smsr import SMSR
-from trainer import (
-    Schedules,
-    Trainer,
-    build_optimizer,
-    compare,
-    evaluate,
-    learning_rate,
-    sparsity_weight,
-    table,
-    temperature,
-)
-from utility import Experiment, InputError, psnr
+from trainer import Schedules, Trainer, build_optimizer, learning_rate, mask_histogram, sparsity_weight, temperature
+from utility import Experiment, InputError
 
 # ---- schedules -------------------------------------------------------------------------------------------------------
 
@@ -67,7 +57,7 @@ def build(make_set, tmp_path):
         torch.manual_seed(seed)
         model = SMSR(2, n_feats=8, n_blocks=2, n_layers=2)
         loader = build_train_loader(
-            ["Tiny"], root, 2, [(1, 3), (4, 4)], patch_size=8, batch_size=batch_size, iterations=3, n_threads=n_threads
+            ["Tiny"], root, 2, [(1, 3), (4, 4)], patch_size=8, batch_size=batch_size, steps=3, n_threads=n_threads
         )
         return Trainer(
             model,
@@ -146,7 +136,7 @@ def test_what_a_run_leaves(build):
     folder = trainer.experiment.folder
     left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert left == {
-        "checkpoint.pt", "log.csv", "loss.png", "psnr.png", "active_share.png",
+        "checkpoint.pt", "log.csv", "loss.png", "psnr.png", "active_share.png", "masks.png",
         "model/model_best.pt", "model/model_latest.pt", "model/model_1.pt", "model/model_2.pt",
     }  # fmt: skip
     assert [row["epoch"] for row in trainer.history] == [1, 2]
@@ -169,7 +159,7 @@ def test_training_uses_the_temperature_of_the_schedule(build):
 def spy_on_forward(trainer):
     seen = []
     forward = trainer.model.training_forward
-    trainer.model.training_forward = lambda lr, tau: (seen.append((lr, tau)), forward(lr, tau))[1]
+    trainer.model.training_forward = lambda lr, tau: (seen.append((lr, float(tau))), forward(lr, tau))[1]
     return seen
 
 
@@ -228,13 +218,16 @@ def test_split_batch_gives_the_gradient_of_the_whole(build, monkeypatch):
         trainer.model.train()
         seen = spy_on_forward(trainer)
         lr = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
-        trainer._train_step(lr, lr.repeat_interleave(2, 2).repeat_interleave(2, 3), 1.0, 0.1)
+        hr = lr.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        trainer._train_step(lr, hr, torch.tensor(1.0), torch.tensor(0.1))
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
-        losses = trainer.totals["loss"]
+        means = trainer._means()
         assert len(seen) == split
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-3, atol=1e-5)
-    assert losses == pytest.approx(trainer.totals["loss_L1"] + 0.1 * trainer.totals["active"], rel=1e-5)
+    assert means["loss"] == pytest.approx(means["loss_L1"] + 0.1 * means["active"], rel=1e-5)
+    assert means["active"] == pytest.approx((means["active_1"] + means["active_2"]) / 2)
+    assert means["grad_norm"] == pytest.approx(gradients[0].norm().item(), rel=1e-3)
 
 
 def test_gradients_are_clipped(build, monkeypatch):
@@ -248,16 +241,127 @@ def test_gradients_are_clipped(build, monkeypatch):
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("bad", [1e6, math.nan, math.inf])
-def test_a_batch_far_off_is_skipped(build, bad, caplog):
-    trainer = build(skip_threshold=10)
+def step_on(trainer, value):
+    lr = torch.full((2, 3, 8, 8), value)
+    trainer._train_step(lr, torch.zeros(2, 3, 16, 16), torch.tensor(1.0), torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": torch.float16}, {"split_batch": 2}, {"gclip": 1.0}])
+@pytest.mark.parametrize("bad", [1e7, math.nan, math.inf])
+def test_a_batch_far_off_is_skipped_counted_and_told(build, bad, options, caplog):
+    trainer = build(skip_threshold=10, **options)
     trainer.fit(1)
-    before = weights(trainer).clone()
-    lr = torch.full((2, 3, 8, 8), bad)
-    trainer._train_step(lr, torch.zeros(2, 3, 16, 16), 1.0, 0.1)
+    before, state = weights(trainer).clone(), str(trainer.optimizer.state_dict())
+    step_on(trainer, bad)
     assert torch.equal(weights(trainer), before)
-    assert "batch skipped" in caplog.text
-    assert trainer.totals == {}
+    assert str(trainer.optimizer.state_dict()) == state
+    trainer._look()
+    assert "1 steps skipped" in caplog.text
+    assert math.isnan(trainer._means()["loss"])
+    step_on(trainer, 100.0)
+    assert not torch.equal(weights(trainer), before)
+    assert trainer.bad.tolist() == [1, 0]
+
+
+def test_nothing_but_bad_steps_end_the_run(build):
+    trainer = build(max_bad_steps=2)
+    trainer.fit(1)
+    checkpoint = trainer.experiment.checkpoint.read_bytes()
+    trainer.model.head[0].weight.data[0, 0, 0, 0] = math.nan
+    with pytest.raises(InputError, match=r"epoch 2, step 3: the last 3 steps .* --load run and a lower --lr"):
+        trainer.fit(2)
+    assert trainer.experiment.checkpoint.read_bytes() == checkpoint
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_low_precision_trains_as_well_within_noise(build, precision):
+    losses = []
+    for dtype in (torch.float32, precision):
+        trainer = build("run", precision=dtype)
+        trainer.schedules = Schedules(lr=1e-2)
+        trainer.fit(6)
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+        losses.append(trainer.history[-1]["loss"])
+        shutil.rmtree(trainer.experiment.folder)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_noise_depends_on_seed_epoch_step_and_rank_alone(build, monkeypatch):
+    trainer = build()
+    seeds = {trainer._noise_seed()}
+    for name, value in (("seed", 2), ("epoch", 2), ("step", 1)):
+        before = getattr(trainer, name)
+        setattr(trainer, name, value)
+        seeds.add(trainer._noise_seed())
+        setattr(trainer, name, before)
+    monkeypatch.setattr("distributed.rank", lambda: 1)
+    seeds.add(trainer._noise_seed())
+    assert len(seeds) == 5
+
+
+def test_the_moving_average_of_the_weights(build):
+    average = None
+
+    def spied(trainer):
+        step = trainer._train_step
+
+        def train_step(*args):
+            nonlocal average
+            step(*args)
+            average = weights(trainer).clone() if average is None else (average + weights(trainer)) / 2
+
+        trainer._train_step = train_step
+        return trainer
+
+    trainer = spied(build(ema=0.5))
+    trainer.fit(1)
+    trainer = spied(resumed(build, trainer, ema=0.5))
+    trainer.fit(2)
+    kept = torch.load(trainer.experiment.weights_path("latest_ema"), weights_only=True)
+    kept = torch.cat([kept[name].flatten() for name, _ in trainer.model.named_parameters()])
+    torch.testing.assert_close(kept, average)
+    row = trainer.history[-1]
+    assert row["psnr_rgb_Tiny_ema"] != row["psnr_rgb_Tiny"]
+    assert trainer.experiment.weights_path("best_ema").exists()
+
+
+def test_a_deadline_stops_with_everything_saved(build):
+    trainer = build(deadline=0.0)
+    assert not trainer.fit(1)
+    assert (trainer.epoch, trainer.step) == (1, 1)
+    assert resumed(build, trainer).step == 1
+
+
+def test_mask_histogram():
+    masks = [torch.full((1, 1, 2, 2), 0.05), torch.tensor([0.0, 1.0, 0.95, 0.55]).view(1, 1, 2, 2)]
+    histogram = mask_histogram(masks)
+    assert list(histogram) == [f"mask_{index / 10}" for index in range(10)]
+    assert [histogram[f"mask_{edge}"] for edge in (0.0, 0.5, 0.9)] == [5 / 8, 1 / 8, 2 / 8]
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(build):
+    trainer = build("dry")
+    lines = trainer.dry_run(2)
+    assert "patches of 8x8 pixels, x2, 3 batches an epoch" in lines[1]
+    assert lines[-1].startswith("2 epochs: about 0.0 hours")
+    assert not trainer.experiment.folder.exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_training_gives_the_same_gradient(build, monkeypatch):
+    monkeypatch.setattr("model.smsr.gumbel_softmax", lambda logits, tau, dim: (logits / tau).softmax(dim))
+    gradients = []
+    for compiled in (False, True):
+        trainer = build(compile=compiled)
+        monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+        trainer.model.train()
+        for tau in (1.0, 0.5):
+            lr = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
+            trainer._train_step(lr, torch.zeros(4, 3, 16, 16), torch.tensor(tau), torch.tensor(0.1))
+            gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gradients[1], gradients[3], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(gradients[0], gradients[1])
 
 
 def test_optimizers():
@@ -288,50 +392,3 @@ def test_options_of_the_optimizer_are_those_asked_for(build):
     fresh.optimizer = build_optimizer("ADAM", fresh.model.parameters(), 0.1, weight_decay=0.5)
     fresh.load_state(trainer.experiment.load_checkpoint())
     assert fresh.optimizer.param_groups[0]["weight_decay"] == 0.5
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
-
-
-def test_benchmark_sets_are_measured_on_luma_and_others_on_rgb_too():
-    rng = np.random.default_rng(0)
-    sr, hr = rng.integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
-    y = [image @ np.array([65.738, 129.057, 25.064]) / 256 + 16 for image in (sr, hr)]
-    assert compare(sr, hr, 2)["psnr_y"] == pytest.approx(psnr(y[0][2:-2, 2:-2], y[1][2:-2, 2:-2]))
-    assert "psnr_rgb" not in compare(sr, hr, 2)
-    assert compare(sr, hr, 2, rgb=True)["psnr_rgb"] == pytest.approx(psnr(sr[8:-8, 8:-8], hr[8:-8, 8:-8]))
-    assert compare(hr, hr, 2)["psnr_y"] == math.inf
-
-
-def test_evaluate_reports_as_documented(make_set, tiny):
-    (images,) = build_test_sets(["Tiny"], make_set(benchmark=True), 2)
-    saved = {}
-    metrics = evaluate(tiny, images, save=saved.__setitem__)
-    assert list(metrics) == [
-        "dataset", "scale", "model", "psnr_y", "ssim_y", "n_images", "seconds_per_image", "gmacs", "gmacs_dense",
-        "gmacs_run", "gmacs_at_1280x720", "gmacs_dense_at_1280x720", "active_share", "images",
-    ]  # fmt: skip
-    assert (metrics["dataset"], metrics["scale"], metrics["model"], metrics["n_images"]) == ("Tiny", 2, "SMSR", 3)
-    row = metrics["images"][1]
-    assert {"name", "lr_shape", "psnr_y", "ssim_y", "seconds", "mask_density"} <= row.keys()
-    assert row["lr_shape"] == [20, 24]
-    assert len(row["mask_density"]) == 2
-    assert metrics["psnr_y"] == pytest.approx(np.mean([row["psnr_y"] for row in metrics["images"]]))
-    assert metrics["gmacs_dense"] == pytest.approx(tiny.inference(images[0][1][None].float())[1].macs_dense / 1e9)
-    assert metrics["gmacs_at_1280x720"] == pytest.approx(metrics["gmacs"] / (20 * 24) * (1280 * 720 / 4))
-    _, lr, hr = images[1]
-    sr = tiny(lr[None].float())[0].clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
-    assert np.array_equal(saved["img1"], sr)
-    assert row["psnr_y"] == pytest.approx(compare(sr, hr, 2)["psnr_y"])
-    lines = table(metrics)
-    assert len(lines) == 5
-    assert lines[-1].split()[:2] == ["mean", f"{metrics['psnr_y']:.2f}"]
-
-
-def test_images_without_hr_are_run_and_not_measured(make_set, tiny):
-    folder = make_set() / "Tiny/LR_bicubic/X2"
-    (images,) = build_test_sets(["demo"], "", 2, dir_demo=str(folder))
-    metrics = evaluate(tiny, images)
-    assert "nan" not in " ".join(table(metrics))
-    assert math.isnan(metrics["psnr_y"])
-    assert metrics["n_images"] == 3

@@ -67,20 +67,29 @@ def test_an_image_as_large_as_a_patch_is_enough_and_a_smaller_one_is_named(make_
 
 
 def test_an_epoch_shows_all_images_equally_often_in_an_order_of_its_own():
-    sampler = EpochSampler(n_images=7, draws=21, seed=3)
+    sampler = EpochSampler(n_images=7, steps=7, batch_size=3, seed=3)
     first = list(sampler)
     assert sorted(image for image, _, _ in first) == sorted([*range(7)] * 3)
     assert [draw for _, _, draw in first] == list(range(21))
     sampler.epoch = 2
     assert [key[0] for key in sampler] != [key[0] for key in first]
-    sampler.epoch, sampler.first_draw = 1, 8
-    assert list(sampler) == first[8:]
-    assert len(sampler) == 13
+    sampler.epoch, sampler.first_step = 1, 3
+    assert list(sampler) == first[9:]
+    assert len(sampler) == 12
+
+
+def test_processes_share_every_batch():
+    whole = list(EpochSampler(n_images=5, steps=4, batch_size=6))
+    shares = [list(EpochSampler(5, 4, 6, rank=rank, world_size=3)) for rank in range(3)]
+    batches = [key for step in range(4) for share in shares for key in share[2 * step : 2 * step + 2]]
+    assert batches == whole
+    with pytest.raises(InputError, match="--batch_size 6: 4 processes"):
+        EpochSampler(5, 4, 6, world_size=4)
 
 
 def batches(root, n_threads, seed=1, epoch=1):
     loader = build_train_loader(
-        ["Tiny"], root, 2, patch_size=8, ext="img", batch_size=2, iterations=4, n_threads=n_threads, seed=seed
+        ["Tiny"], root, 2, patch_size=8, ext="img", batch_size=2, steps=4, n_threads=n_threads, seed=seed
     )
     loader.sampler.epoch = epoch
     return torch.cat([lr for lr, _ in loader])
@@ -105,7 +114,7 @@ def test_loading_leaves_the_global_random_state_alone(make_set):
 def test_workers_can_be_spawned_as_on_windows_and_macos(make_set):
     root = make_set()
     here, spawned = (
-        build_train_loader(["Tiny"], root, 2, patch_size=8, batch_size=2, iterations=2, n_threads=n) for n in (0, 1)
+        build_train_loader(["Tiny"], root, 2, patch_size=8, batch_size=2, steps=2, n_threads=n) for n in (0, 1)
     )
     spawned.multiprocessing_context = "spawn"
     for (lr, hr), (expected_lr, expected_hr) in zip(spawned, here, strict=True):
@@ -121,7 +130,7 @@ def test_every_kind_of_cache_can_be_pickled(make_set, ext):
 
 def test_an_error_in_a_worker_stays_one_line(make_set):
     root = make_set()
-    loader = build_train_loader(["Tiny"], root, 2, patch_size=8, ext="img", batch_size=2, iterations=4, n_threads=1)
+    loader = build_train_loader(["Tiny"], root, 2, patch_size=8, ext="img", batch_size=2, steps=4, n_threads=1)
     for path in (root / "Tiny/LR_bicubic/X2").iterdir():
         path.write_text("broken")
     with pytest.raises(InputError) as error:
