@@ -236,6 +236,8 @@ def _check(args):
         raise InputError("--load goes on with a run and --reset deletes it; leave one out")
     if args.load and args.pre_train:
         raise InputError("--load brings its own weights; leave --pre_train out")
+    if args.test_only and args.dry_run:
+        raise InputError("--dry_run is for a training; leave it out of a test")
     if not args.test_only:
         if args.inference != "auto":
             raise InputError(f"--inference {args.inference} is for --test_only; leave it out of a training")

@@ -132,7 +132,7 @@ class Trainer:
         if compile:
             self.forward.compile(dynamic=False)
         if distributed.world_size() > 1:
-            self.forward = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
+            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False, gradient_as_bucket_view=True)
         # It also skips steps without asking the device, and scales only where float16 needs that.
         half = precision == torch.float16
         self.scaler = torch.amp.GradScaler(

@@ -62,7 +62,8 @@ def run_program(main):
 
 def is_out_of_memory(error):
     """Whether this is what a MemoryError says; on a CPU PyTorch raises a plain RuntimeError."""
-    return isinstance(error, MemoryError) or "memory" in str(error)
+    said = ("out of memory", "not enough memory", "allocate memory", "memory object", "bad_alloc")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
@@ -158,7 +159,8 @@ def write_whole(path, content):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not name the file
+        error.filename = str(path)  # which a full disk does not name
+        raise
     finally:
         beside.unlink(missing_ok=True)
 

@@ -1,4 +1,5 @@
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from evaluation import compare
 from main import main
 from model import EDSR, SMSR
 from model.inference import self_ensemble
-from utility import InputError, quantize
+from utility import Experiment, InputError, quantize
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = [sys.executable, str(ROOT / "main.py")]
@@ -76,7 +77,8 @@ def test_a_line_that_fails_leaves_the_run_as_it_was(folder):
     for line, said in (
         ("--load run --epochs 2 --optimizer SGD", "the run has Adam"),
         ("--load run --epochs 2 --loss L1+GAN", "--loss"),
-        ("--load run --epochs 2 --scale 3", r"prepare_data\.py|--scale 2"),
+        ("--load run --epochs 2 --scale 3", "--scale 3: the run has 2"),
+        ("--load run --epochs 2 --rgb_range 1", "--rgb_range 1.0: the run has 255"),
         ("--load run", "has its 1 epochs"),
     ):
         with pytest.raises(InputError, match=said):
@@ -281,6 +283,82 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder):
     assert "Traceback" not in printed
     epoch = torch.load("experiment/run/checkpoint.pt", weights_only=True)["epoch"]
     assert run(f"--load run --epochs {epoch}") == 0
+
+
+def test_a_time_limit_stops_and_the_run_goes_on(folder, capsys):
+    assert run(f"{TRAIN} --epochs 100000 --time_limit 0.02") == 130
+    assert "python main.py --load run" in capsys.readouterr().out
+    state = torch.load("experiment/run/checkpoint.pt", weights_only=True)
+    assert run(f"--load run --epochs {state['epoch']}") == 0  # without the limit
+
+
+def test_a_dry_run_writes_nothing(folder, capsys):
+    assert run(f"{TRAIN} --epochs 7 --dry_run") == 0
+    printed = capsys.readouterr().out
+    assert "7 epochs: about" in printed
+    assert "GiB" in printed
+    assert not (folder / "experiment").exists()
+
+
+def test_weights_of_another_scale_lend_all_but_the_tail(folder, make_set, tiny, capsys):
+    make_set("Three", count=4, size=(60, 72), scale=3)
+    line = TRAIN.replace("Tiny+Tiny2", "Three").replace("--data_train Tiny", "--data_train Three")
+    run(f"{line} --scale 3 --epochs 1 --pre_train weights.pt --lr 1e-12 --lambda_warmup 9")
+    assert "weights.pt: of x2; all but the tail is taken for x3" in capsys.readouterr().out
+    trained = torch.load("experiment/run/model/model_latest.pt", weights_only=True)
+    for key, value in tiny.state_dict().items():
+        if key.startswith("tail."):
+            assert trained[key].shape[0] == 27
+        else:
+            torch.testing.assert_close(trained[key], value)
+
+
+def test_what_a_run_goes_on_with_is_said(folder, capsys):
+    run(f"{TRAIN} --epochs 1")
+    capsys.readouterr()
+    run("--load run --epochs 2 --lr 1e-5")
+    printed = capsys.readouterr().out
+    assert "from here on: lr 1e-05 (0.0002 before)" in printed
+    assert "from here on: epochs 2 (1 before)" in printed
+    assert printed.count("from here on") == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such locks")
+def test_two_runs_in_one_folder_are_refused(folder):
+    run(f"{TRAIN} --epochs 1")
+    with Experiment("run").alone():
+        for line in ("--load run --epochs 2", f"{TRAIN} --reset"):
+            with pytest.raises(InputError, match="another process is training there"):
+                run(line)
+    assert run("--load run --epochs 2") == 0
+
+
+def bound_files():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds the files of a process as Linux does")
+def test_a_disk_that_takes_no_more_is_told_and_loses_nothing(folder):
+    run(f"{TRAIN} --epochs 1")
+    before = Path("experiment/run/checkpoint.pt").read_bytes()
+    line = "--load run --epochs 2"
+    done = subprocess.run([*MAIN, *line.split()], capture_output=True, text=True, preexec_fn=bound_files)
+    assert done.returncode == 2, done.stderr
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: experiment/run/checkpoint.pt: File too large; mend that, then go on from")
+    assert "Traceback" not in done.stderr
+    assert Path("experiment/run/checkpoint.pt").read_bytes() == before
+
+
+def test_tensorboard_is_optional(folder):
+    if importlib.util.find_spec("tensorboard"):
+        run(f"{TRAIN} --epochs 2 --tensorboard --images_every 1")
+        assert list(Path("experiment/run/tensorboard").iterdir())
+    else:
+        with pytest.raises(InputError, match="pip install tensorboard"):
+            run(f"{TRAIN} --epochs 1 --tensorboard")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")

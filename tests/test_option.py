@@ -62,7 +62,9 @@ def test_options_of_a_run_are_defaults_except_those_of_one_call():
         ("--cpu --n_GPUs 1", "--cpu and a GPU"), ("--n_GPUs 2", "--n_GPUs 2"), ("--resume 3", "--resume"),
         ("--load a --resume 3", "--resume"), ("--load a --reset", "--reset"), ("--load a --save b", "leave --save b out"),  # noqa: E501
         ("--load a --pre_train b.pt", "--pre_train"), ("--load a --template GAN", "--template"),
-        ("--precision half", "--precision half"), ("--save_results", "--save_results is for --test_only"),
+        ("--dry_run --test_only", "--dry_run is for a training"), ("--time_limit 0", "--time_limit"),
+        ("--ema 1", "--ema"), ("--max_bad_steps 0", "--max_bad_steps"),
+        ("--save_results", "--save_results is for --test_only"),
         ("--data_test demo", "--test_only"), ("--unknown", "unrecognized arguments: --unknown"),
         ("--inference fast", "--inference"), ("--inference sparse", "--inference sparse is for --test_only"),
         ("--inference sparse --test_only --model EDSR", "EDSR has nothing to skip"),
@@ -73,6 +75,24 @@ def test_mistakes_are_one_line_that_names_the_flag(line, said):
     with pytest.raises(InputError, match=said) as error:
         parse(line.split())
     assert "\n" not in str(error.value)
+
+
+def test_schedules_that_are_not_given_are_in_proportion_to_the_epochs():
+    args = parse(["--epochs", "100"])
+    assert (args.decay, args.tau_epochs, args.lambda_warmup) == ([20], 50, 5)
+    args = parse(["--epochs", "100", "--decay", "200", "--lambda_warmup", "0"])
+    assert (args.decay, args.tau_epochs, args.lambda_warmup) == ([200], 50, 0)
+    assert parse(["--epochs", "1"]).decay == [1]
+    assert parse(["--load", "a", "--epochs", "2000"], vars(parse([]))).decay == [200]
+
+
+def test_several_gpus_take_torchrun(monkeypatch):
+    with pytest.raises(InputError, match=r"torchrun --nproc_per_node=2 main\.py"):
+        parse(["--n_GPUs", "2"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parse(["--n_GPUs", "2"]).n_GPUs == 2
+    with pytest.raises(InputError, match="--n_GPUs 1, and 2 process"):
+        parse(["--n_GPUs", "1"])
 
 
 def test_the_name_of_a_run():

@@ -1,0 +1,108 @@
+"""Two processes on a CPU, as torchrun starts them, against one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "main.py")]
+TRAIN = (
+    "--dir_data data --data_train Tiny --data_test Tiny+Tiny2 --data_range 1-3/4-4 --patch_size 8 --batch_size 4 "
+    "--test_every 3 --n_threads 0 --cpu --save run"
+)
+EDSR = f"{TRAIN} --model EDSR --n_feats 8 --n_resblocks 1 --optimizer SGD --lr 1e-5"
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, make_set):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    make_set("Tiny", count=4)
+    make_set("Tiny2", count=3, benchmark=True)
+    return tmp_path
+
+
+def by_two(line):
+    return subprocess.run([*TORCHRUN, *line.split()], capture_output=True, text=True, timeout=300)
+
+
+def weights(name):
+    return torch.load(f"experiment/{name}/model/model_latest.pt", weights_only=True)
+
+
+def columns(name):
+    lines = Path(f"experiment/{name}/log.csv").read_text().splitlines()
+    return [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+
+
+def test_two_processes_train_as_one(folder):
+    """EDSR has no noise, so halves of a batch and their averaged gradients must give what the whole batch gives."""
+    assert main(f"{EDSR} --epochs 2".split()) == 0
+    shutil.move("experiment/run", "experiment/one")
+    done = by_two(f"{EDSR} --epochs 1 --split_batch 2")
+    assert done.returncode == 0, done.stderr
+    assert main(["--load", "run", "--epochs", "2"]) == 0  # as one process it goes on
+    one, two = weights("one"), weights("run")
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(columns("run"), columns("one"), strict=True):
+        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-4)
+        assert float(ours["psnr_y_Tiny2"]) == pytest.approx(float(theirs["psnr_y_Tiny2"]), abs=0.01)
+
+
+def test_two_processes_measure_as_one(folder, tiny):
+    torch.save(tiny.state_dict(), "weights.pt")
+    line = "--dir_data data --data_test Tiny2 --pre_train weights.pt --test_only --save_results --cpu --save"
+    assert main(f"{line} one".split()) == 0
+    done = by_two(f"{line} two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mean") == 1
+    folders = [Path(f"experiment/{name}/results-Tiny2-x2") for name in ("one", "two")]
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in folders)
+    for metrics in (one, two):
+        metrics.pop("seconds_per_image")
+        for row in metrics["images"]:
+            row.pop("seconds")
+    assert one == two
+    for row in one["images"]:
+        assert np.array_equal(*(iio.imread(folder / f"{row['name']}_x2_SR.png") for folder in folders))
+
+
+def test_a_process_that_is_lost_ends_the_others_and_the_run_goes_on(folder):
+    line = f"{TRAIN} --n_feats 8 --n_blocks 2 --n_layers 2 --epochs 100000"
+    process = subprocess.Popen(
+        [*TORCHRUN, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    while not Path("experiment/run/log.csv").exists():
+        assert process.poll() is None
+    helper = next(pid for pid in children(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(helper, signal.SIGKILL)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: another process of this training is gone; go on from experiment/run/checkpoint.pt" in printed
+    epoch = torch.load("experiment/run/checkpoint.pt", weights_only=True)["epoch"]
+    assert main(f"--load run --epochs {epoch}".split()) == 0
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(folder):
+    done = by_two(f"{EDSR.replace('--batch_size 4', '--batch_size 3')} --epochs 1")
+    assert done.returncode != 0
+    assert "error: --batch_size 3: 2 processes cannot share it evenly" in done.stderr
+    assert not Path("experiment").exists()
