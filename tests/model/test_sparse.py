@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from evaluation import at_1280x720, compare
 from model import load_model, sparse
 from model.common import strips
 from model.smsr import DENSE, SMM, SMSR
 from model.sparse import MODES, BlockPlan, Columns, Plan, Workspace, break_even
-from trainer import at_1280x720, compare
 from utility import InputError, quantize
 
 
