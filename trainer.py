@@ -167,7 +167,7 @@ class Trainer:
         seconds = []
         for _ in range(2):  # the first one warms up
             started = time.perf_counter()
-            self._train_step(*map(self._to_input, next(batches)), *self._schedule_tensors())
+            self.train_step(*map(self._to_input, next(batches)), *self._schedule_tensors())
             synchronize(self.device)
             seconds.append(time.perf_counter() - started)
         per_image = []
@@ -214,7 +214,7 @@ class Trainer:
             disable=distributed.is_helper(),
         ) as bar:  # fmt: skip
             for lr_images, hr_images in self.loader if self.step < sampler.steps else ():
-                self._train_step(self._to_input(lr_images), self._to_input(hr_images), *tensors)
+                self.train_step(self._to_input(lr_images), self._to_input(hr_images), *tensors)
                 self.step += 1
                 looks = self.step % self.print_every == 0 or self.step == sampler.steps
                 if looks:
@@ -232,7 +232,7 @@ class Trainer:
         if self.sums is not None:
             distributed.average([self.sums])
 
-    def _train_step(self, lr_images, hr_images, tau, lambda_):
+    def train_step(self, lr_images, hr_images, tau, lambda_):
         """One step on LR (N, C, P, P) and HR (N, C, sP, sP) in 0...rgb_range; tau and lambda_ tensors ()."""
         torch.manual_seed(self._noise_seed())
         self.optimizer.zero_grad()

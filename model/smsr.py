@@ -103,7 +103,8 @@ class SMM(nn.Module):
         f = F.relu(self.convs[0](x) * (m + (1 - m) * c[0].to(m.dtype).view(1, -1, 1, 1)))
         outputs = [f]
         for conv, c_in, c_out in zip(self.convs[1:], c[:-1], c[1:], strict=True):
-            thin = conv.weight * c_in.view(1, -1, 1, 1) * c_out.view(-1, 1, 1, 1)  # dense channels from dense channels
+            dense_pairs = torch.outer(c_out, c_in)[:, :, None, None]  # (C, C, 1, 1): dense channels from dense channels
+            thin = conv.weight * dense_pairs
             full, dense = F.conv2d(f, torch.cat([conv.weight, thin]), padding=1).chunk(2, 1)  # 2 (N, C, H, W)
             f = F.relu(m * full + (1 - m) * dense)
             outputs.append(f)

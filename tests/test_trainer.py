@@ -105,14 +105,14 @@ def test_an_interrupt_saves_and_the_run_goes_on_as_if_it_had_not_been(build, sto
     whole = build("whole")
     whole.fit(2)
     stopped = build("stopped")
-    train_step = stopped._train_step
+    train_step = stopped.train_step
 
     def interrupted_step(*args):
         train_step(*args)
         if stopped.step + 1 == stop_after:
             signal.raise_signal(signal.SIGINT)
 
-    stopped._train_step = interrupted_step
+    stopped.train_step = interrupted_step
     before = signal.getsignal(signal.SIGINT)
     assert not stopped.fit(2)
     assert signal.getsignal(signal.SIGINT) is before
@@ -125,7 +125,7 @@ def test_an_interrupt_saves_and_the_run_goes_on_as_if_it_had_not_been(build, sto
 
 def test_a_second_interrupt_acts_at_once(build, interruptible):
     trainer = build()
-    trainer._train_step = lambda *args: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    trainer.train_step = lambda *args: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(1)
 
@@ -195,7 +195,7 @@ def test_the_best_epoch_is_the_one_of_the_highest_psnr(build, monkeypatch):
 
 def test_a_run_can_go_on_from_its_very_start(build):
     trainer = build()
-    trainer._train_step = lambda *args: 1 / 0
+    trainer.train_step = lambda *args: 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer.fit(1)
     assert resumed(build, trainer).fit(1)
@@ -219,7 +219,7 @@ def test_split_batch_gives_the_gradient_of_the_whole(build, monkeypatch):
         seen = spy_on_forward(trainer)
         lr = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
         hr = lr.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        trainer._train_step(lr, hr, torch.tensor(1.0), torch.tensor(0.1))
+        trainer.train_step(lr, hr, torch.tensor(1.0), torch.tensor(0.1))
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
         means = trainer._means()
         assert len(seen) == split
@@ -243,7 +243,7 @@ def test_gradients_are_clipped(build, monkeypatch):
 
 def step_on(trainer, value):
     lr = torch.full((2, 3, 8, 8), value)
-    trainer._train_step(lr, torch.zeros(2, 3, 16, 16), torch.tensor(1.0), torch.tensor(0.1))
+    trainer.train_step(lr, torch.zeros(2, 3, 16, 16), torch.tensor(1.0), torch.tensor(0.1))
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": torch.float16}, {"split_batch": 2}, {"gclip": 1.0}])
@@ -303,14 +303,14 @@ def test_the_moving_average_of_the_weights(build):
     average = None
 
     def spied(trainer):
-        step = trainer._train_step
+        step = trainer.train_step
 
         def train_step(*args):
             nonlocal average
             step(*args)
             average = weights(trainer).clone() if average is None else (average + weights(trainer)) / 2
 
-        trainer._train_step = train_step
+        trainer.train_step = train_step
         return trainer
 
     trainer = spied(build(ema=0.5))
@@ -357,7 +357,7 @@ def test_a_compiled_training_gives_the_same_gradient(build, monkeypatch):
         trainer.model.train()
         for tau in (1.0, 0.5):
             lr = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
-            trainer._train_step(lr, torch.zeros(4, 3, 16, 16), torch.tensor(tau), torch.tensor(0.1))
+            trainer.train_step(lr, torch.zeros(4, 3, 16, 16), torch.tensor(tau), torch.tensor(0.1))
             gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(gradients[1], gradients[3], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,128 @@
+"""Time the reading of training patches, by kind of cache (--ext).
+
+    python tools/benchmark.py data
+
+Pairs as large as those of DIV2K are made in a temporary folder, mirrored from a photograph. Each kind is read in
+turns, by a DataLoader as main.py's; the numbers are medians of the rounds. Before the clock starts the files were read
+once, so the system's page cache holds them.
+
+    pickle  whole images, pickled, read and unpickled for every patch: the baseline
+    img     PNG files, decoded for every patch
+    sep     memory-mapped .npy files
+    bin     arrays in memory
+"""
+
+import argparse
+import pickle
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import find_set
+from data.image import read_image
+from data.resize import downscale
+from data.srdata import EpochSampler, Patches
+from option import Parser, count, positive_int
+from tools.benchmark import SAMPLE
+from tools.benchmark import size as image_size
+from utility import write_json
+
+KINDS = ("pickle", "img", "sep", "bin")
+SCALE = 2
+
+
+def parse(argv):
+    parser = Parser(prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=image_size, default=(1356, 2040), metavar="HxW", help="of an HR image")
+    parser.add_argument("--images", type=positive_int, default=8, help="pairs of images")
+    parser.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels")
+    parser.add_argument("--batch_size", type=positive_int, default=16)
+    parser.add_argument("--n_threads", type=count, default=1, help="processes that read")
+    parser.add_argument("--batches", type=positive_int, default=8, help="of a round")
+    parser.add_argument("--rounds", type=positive_int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    return parser.parse_args(argv)
+
+
+class PickledImages(Patches):
+    """Patches whose sources are pickled whole images."""
+
+    def __init__(self, sets, scale, patch_size):
+        super().__init__(sets, scale, patch_size, ext="img")
+        self.hr_files, self.lr_files = ([_pickled(path) for path in paths] for paths in (self.hr, self.lr))
+
+    def __getitem__(self, key):
+        image = key[0]
+        self.hr, self.lr = {image: _unpickled(self.hr_files[image])}, {image: _unpickled(self.lr_files[image])}
+        return super().__getitem__(key)
+
+
+def _pickled(path):
+    target = path.with_suffix(".pickle")
+    target.write_bytes(pickle.dumps(read_image(path)))
+    return target
+
+
+def _unpickled(path):
+    with open(path, "rb") as file:
+        return pickle.load(file)
+
+
+def write_pairs(root, n_images, size):
+    """Write a paired set of n_images below `root`."""
+    photograph = read_image(SAMPLE / "HR/coffee.png")
+    pad = [(0, max(0, goal - there)) for goal, there in zip(size, photograph.shape, strict=False)]
+    photograph = np.pad(photograph, [*pad, (0, 0)], mode="symmetric")[
+        : size[0] // SCALE * SCALE, : size[1] // SCALE * SCALE
+    ]
+    folders = {"HR": root / "HR", "LR": root / f"LR_bicubic/X{SCALE}"}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    for index in tqdm(range(n_images), desc="images", leave=False):
+        hr = np.roll(photograph, 100 * index, axis=1)
+        iio.imwrite(folders["HR"] / f"{index}.png", hr)
+        iio.imwrite(folders["LR"] / f"{index}.png", downscale(hr, SCALE))
+
+
+def measure(args):
+    """{kind: patches a second}"""
+    with tempfile.TemporaryDirectory() as folder:
+        write_pairs(Path(folder) / "Pairs", args.images, args.size)
+        sets = [find_set("Pairs", folder, SCALE)]
+        loaders = {}
+        for kind in KINDS:
+            if kind == "pickle":
+                patches = PickledImages(sets, SCALE, args.patch_size)
+            else:
+                patches = Patches(sets, SCALE, args.patch_size, ext=kind, n_threads=args.n_threads)
+            sampler = EpochSampler(args.images, args.batches + 1, args.batch_size)
+            loaders[kind] = DataLoader(
+                patches, args.batch_size, sampler=sampler, num_workers=args.n_threads,
+                persistent_workers=args.n_threads > 0,
+            )  # fmt: skip
+        speeds = {kind: [] for kind in KINDS}
+        for _ in tqdm(range(args.rounds), desc="rounds", leave=False):
+            for kind, loader in loaders.items():
+                batches = iter(loader)
+                next(batches)  # the workers are up
+                started = time.perf_counter()
+                n_patches = sum(len(lr) for lr, _ in batches)
+                speeds[kind].append(n_patches / (time.perf_counter() - started))
+    return {kind: statistics.median(values) for kind, values in speeds.items()}
+
+
+def main(argv):
+    args = parse(argv)
+    speeds = measure(args)
+    print(f"{'kind':8} {'patches/s':>10} {'speedup':>8}")
+    for kind, speed in speeds.items():
+        print(f"{kind:8} {speed:10.1f} {speed / speeds['pickle']:8.2f}")
+    if args.json:
+        settings = {key: getattr(args, key) for key in ("size", "patch_size", "batch_size", "n_threads")}
+        write_json(args.json, settings | {"patches_per_second": speeds})
