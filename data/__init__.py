@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import benchmark, demo, div2k
-from data.srdata import EpochSampler, Patches, WholeImages
+from data.srdata import EpochSampler, Patches, WholeImages, collate
 from utility import InputError
 
 TRAIN, TEST = 0, 1
@@ -58,6 +58,7 @@ def build_train_loader(
         sampler.share,
         sampler=sampler,
         num_workers=n_threads,
+        collate_fn=collate,
         persistent_workers=n_threads > 0,
         pin_memory=pin_memory,
         worker_init_fn=_leave_interrupts_alone,

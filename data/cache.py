@@ -26,6 +26,7 @@ KINDS = ("img", "sep", "sep_reset", "bin")
 
 def prepare(paths, root, kind, n_colors=3, n_threads=1):
     """Image paths below the folder `root` -> as many sources for `open_image`. Raises InputError."""
+    _mapped.cache_clear()  # files may be replaced
     if kind == "img":
         return list(paths)
     if kind == "bin":
@@ -43,11 +44,16 @@ def open_image(source, n_colors=3):
     if isinstance(source, np.ndarray):
         return source
     if source.suffix == ".npy":
-        try:
-            return np.load(source, mmap_mode="r")
-        except (ValueError, EOFError):
-            raise InputError(f"{source}: is broken; --ext sep_reset makes it anew") from None
+        return _mapped(source)
     return read_image(source, n_colors)
+
+
+@functools.cache  # to map a file takes longer than to read a patch of it
+def _mapped(path):
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError):
+        raise InputError(f"{path}: is broken; --ext sep_reset makes it anew") from None
 
 
 def _cached(path, root, n_colors, anew):

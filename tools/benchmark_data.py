@@ -6,7 +6,7 @@ Pairs as large as those of DIV2K are made in a temporary folder, mirrored from a
 turns, by a DataLoader as main.py's; the numbers are medians of the rounds. Before the clock starts the files were read
 once, so the system's page cache holds them.
 
-    pickle  whole images, pickled, read and unpickled for every patch: the baseline
+    pickle  the baseline: whole images, unpickled for every patch, which leaves its worker as float32 planes
     img     PNG files, decoded for every patch
     sep     memory-mapped .npy files
     bin     arrays in memory
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import find_set
 from data.image import read_image
 from data.resize import downscale
-from data.srdata import EpochSampler, Patches
+from data.srdata import EpochSampler, Patches, collate
 from option import Parser, count, positive_int
 from tools.benchmark import SAMPLE
 from tools.benchmark import size as image_size
@@ -51,7 +51,7 @@ def parse(argv):
 
 
 class PickledImages(Patches):
-    """Patches whose sources are pickled whole images."""
+    """Patches whose sources are pickled whole images, given as float32 in contiguous memory."""
 
     def __init__(self, sets, scale, patch_size):
         super().__init__(sets, scale, patch_size, ext="img")
@@ -60,7 +60,7 @@ class PickledImages(Patches):
     def __getitem__(self, key):
         image = key[0]
         self.hr, self.lr = {image: _unpickled(self.hr_files[image])}, {image: _unpickled(self.lr_files[image])}
-        return super().__getitem__(key)
+        return tuple(patch.contiguous().float() for patch in super().__getitem__(key))
 
 
 def _pickled(path):
@@ -104,7 +104,7 @@ def measure(args):
             sampler = EpochSampler(args.images, args.batches + 1, args.batch_size)
             loaders[kind] = DataLoader(
                 patches, args.batch_size, sampler=sampler, num_workers=args.n_threads,
-                persistent_workers=args.n_threads > 0,
+                collate_fn=None if kind == "pickle" else collate, persistent_workers=args.n_threads > 0,
             )  # fmt: skip
         speeds = {kind: [] for kind in KINDS}
         for _ in tqdm(range(args.rounds), desc="rounds", leave=False):

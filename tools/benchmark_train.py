@@ -48,7 +48,7 @@ def parse(argv):
 
 
 def branches(block, x, m, c):
-    """What SMM.forward computes, branch by branch (paper eq. 5): (N, C, H, W), (N, 1, H, W), (1, C, L) -> (N, C, H, W)"""
+    """What SMM.forward computes, branch by branch (paper eq. 5), of the same features and masks."""
     c = [c_l.view(1, -1, 1, 1) for c_l in c[0].unbind(1)]
     z = block.convs[0](x)
     outputs = [F.relu(z * c[0] + z * (1 - c[0]) * m)]
