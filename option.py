@@ -186,7 +186,7 @@ def build_parser():
     group.add_argument("--time_limit", type=positive_float, default=math.inf, metavar="MINUTES",
                        help="stop in time with everything saved")  # fmt: skip
     group.add_argument(
-        "--dry_run", action="store_true", help="take a step, measure an image, write nothing, say what it takes"
+        "--dry_run", action="store_true", help="take some steps, run an image, write nothing, say what a run takes"
     )
 
     group = parser.add_argument_group("testing")

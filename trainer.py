@@ -1,9 +1,11 @@
 """Train a network: the schedules, one epoch, fit."""
 
 import contextlib
+import itertools
 import math
 import os
 import signal
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -162,14 +164,15 @@ class Trainer:
         return True
 
     def dry_run(self, epochs):
-        """Take a step and measure an image, write nothing, and return lines on sizes, memory and time."""
-        batches = iter(self.loader)
+        """Take some steps, run an image of each test set, write nothing, and return lines on sizes, memory and time."""
+        batches = itertools.cycle(self.loader)
         seconds = []
-        for _ in range(2):  # the first one warms up
+        for _ in range(8):
             started = time.perf_counter()
             self.train_step(*map(self._to_input, next(batches)), *self._schedule_tensors())
             synchronize(self.device)
             seconds.append(time.perf_counter() - started)
+        step = statistics.median(seconds[3:])  # the first ones warm up, compile, and start the workers
         per_image = []
         for images in self.test_sets:
             _, lr, _ = images[0]
@@ -179,13 +182,13 @@ class Trainer:
             synchronize(self.device)
             per_image.append(time.perf_counter() - started)
         evaluation = sum(s * len(images) for s, images in zip(per_image, self.test_sets, strict=True))
-        hours = epochs * (seconds[-1] * self.loader.sampler.steps + evaluation) / 3600
+        hours = epochs * (step * self.loader.sampler.steps + evaluation) / 3600
         count = sum(parameter.numel() for parameter in self.model.parameters())
         return [
             f"{type(self.model).__name__}: {count:,} parameters, {self.device}",
             f"a batch: {self.loader.sampler.batch_size} patches of {self._patch_shape()}, "
             f"{self.loader.sampler.steps} batches an epoch, {len(self.loader.dataset)} images",
-            f"a step: {seconds[-1]:.3f} s; an evaluation: about {evaluation:.1f} s",
+            f"a step: {step:.3f} s; an evaluation: about {evaluation:.1f} s",
             f"memory: {peak_memory(self.device) / 2**30:.2f} GiB at its peak",
             f"{epochs} epochs: about {hours:.1f} hours",
         ]

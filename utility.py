@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,13 @@ def write_whole(path, content):
         beside.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder, seconds=0.0):
+    """Remove what killed processes left of `write_whole` in a folder, as long as it is older than so many seconds."""
+    for left in Path(folder).glob(".*.tmp"):
+        if time.time() - left.stat().st_mtime >= seconds:
+            left.unlink(missing_ok=True)
+
+
 def write_json(path, value):
     write_whole(path, (json.dumps(_strict(value), indent=1) + "\n").encode())
 
@@ -233,6 +241,9 @@ class Experiment:
                     ) from None
                 except OSError:  # a file system without locks
                     pass
+                else:
+                    for written in (self.folder, self.folder / "model"):
+                        remove_unfinished(written)
             yield
 
     def start(self, reset=False):

@@ -12,14 +12,13 @@ rename, so nobody ever finds half of one.
 import functools
 import glob
 import io
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
 
 from data.image import read_image
-from utility import InputError, write_whole
+from utility import InputError, remove_unfinished, write_whole
 
 KINDS = ("img", "sep", "sep_reset", "bin")
 
@@ -34,7 +33,7 @@ def prepare(paths, root, kind, n_colors=3, n_threads=1):
     else:
         read = functools.partial(_cached, root=root, n_colors=n_colors, anew=kind == "sep_reset")
         for folder in {_folder(path, root) for path in paths}:
-            _sweep(folder)
+            remove_unfinished(folder, seconds=3600)  # what is younger may be another's work in progress
     with ThreadPoolExecutor(max(1, n_threads)) as pool:
         return list(tqdm(pool.map(read, paths), f"cache {root.name}", len(paths), unit="image", leave=False))
 
@@ -76,10 +75,3 @@ def _cached(path, root, n_colors, anew):
 
 def _folder(path, root):
     return root / "bin" / path.relative_to(root).parent
-
-
-def _sweep(folder, seconds=3600):
-    """Remove what killed processes left half written; what is younger may be another's work in progress."""
-    for left in folder.glob(".*.tmp"):
-        if time.time() - left.stat().st_mtime > seconds:
-            left.unlink(missing_ok=True)

@@ -1,6 +1,10 @@
+import functools
 import math
+import multiprocessing
+import random
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -47,43 +51,45 @@ def interruptible():
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+def build_trainer(data, folder, name="run", seed=1, loss="1*L1", n_threads=0, batch_size=4, **options):
+    """A small but whole training."""
+    torch.manual_seed(seed)
+    model = SMSR(2, n_feats=8, n_blocks=2, n_layers=2)
+    return Trainer(
+        model,
+        build_loss(loss),
+        build_optimizer("ADAM", model.parameters(), 1e-3),
+        build_train_loader(
+            ["Tiny"], data, 2, [(1, 3), (4, 4)], patch_size=8, batch_size=batch_size, steps=3, n_threads=n_threads
+        ),
+        build_test_sets(["Tiny"], data, 2, [(1, 3), (4, 4)]),
+        Experiment(name, folder),
+        Schedules(lr=1e-3, decay=(1,), tau_epochs=4, lambda_warmup=2),
+        **options,
+    )
+
+
 @pytest.fixture
 def build(make_set, tmp_path):
-    """A small but whole training: the trainer of a run in tmp_path."""
-    root = make_set(count=4)
-    schedules = Schedules(lr=1e-3, decay=(1,), tau_epochs=4, lambda_warmup=2)
-
-    def make(name="run", seed=1, loss="1*L1", n_threads=0, batch_size=4, **options):
-        torch.manual_seed(seed)
-        model = SMSR(2, n_feats=8, n_blocks=2, n_layers=2)
-        loader = build_train_loader(
-            ["Tiny"], root, 2, [(1, 3), (4, 4)], patch_size=8, batch_size=batch_size, steps=3, n_threads=n_threads
-        )
-        return Trainer(
-            model,
-            build_loss(loss),
-            build_optimizer("ADAM", model.parameters(), 1e-3),
-            loader,
-            build_test_sets(["Tiny"], root, 2, [(1, 3), (4, 4)]),
-            Experiment(name, tmp_path / "experiment"),
-            schedules,
-            **options,
-        )
-
-    return make
+    """`build_trainer` of runs in tmp_path."""
+    return functools.partial(build_trainer, make_set(count=4), tmp_path / "experiment")
 
 
 def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-def resumed(build, trainer, **options):
+def resumed(build, **options):
     """A new process, as it were: other random states, everything from the checkpoint."""
-    state = trainer.experiment.load_checkpoint()
     fresh = build(seed=99, **options)
+    state = fresh.experiment.load_checkpoint()
     fresh.model.load_state_dict(state["model"])
     fresh.load_state(state)
     return fresh
+
+
+def without_seconds(history):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
 
 @pytest.mark.parametrize("loss", ["1*L1", "1*L1+0.1*GAN"])
@@ -92,12 +98,62 @@ def test_one_and_one_epoch_are_bit_for_bit_two(build, loss):
     assert whole.fit(2)
     half = build("half", loss=loss)
     half.fit(1)
-    other = resumed(build, half, name="half", loss=loss)
+    other = resumed(build, name="half", loss=loss)
     assert other.epoch == 2
     other.fit(2)
     assert torch.equal(weights(other), weights(whole))
-    for ours, theirs in zip(other.history, whole.history, strict=True):
-        assert {k: v for k, v in ours.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k != "seconds"}
+    assert without_seconds(other.history) == without_seconds(whole.history)
+
+
+def train_on(data, folder, started):
+    """What a process does that is going to be killed."""
+    torch.set_num_threads(1)
+    build = functools.partial(build_trainer, data, folder)
+    trainer = build()
+    trainer.experiment.folder.mkdir(parents=True, exist_ok=True)
+    if trainer.experiment.checkpoint.exists():
+        trainer = resumed(build)
+    with trainer.experiment.alone():
+        started.set()
+        trainer.fit(10**6)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9")
+def test_killed_twenty_times_a_run_goes_on_from_its_last_checkpoint(build):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer", "data", "loss", "matplotlib.backends.backend_agg", "torch._dynamo"])
+    data, folder = build.args
+    experiment = Experiment("run", folder)
+    rng = random.Random(0)
+    reached = (1, 0)
+    for attempt in range(20):
+        started = context.Event()
+        process = context.Process(target=train_on, args=(data, folder, started))
+        process.start()
+        assert started.wait(60)
+        while attempt % 4 == 3 and experiment.load_checkpoint()["epoch"] == reached[0]:
+            assert process.is_alive()
+            time.sleep(0.01)  # let it get ahead now and then
+        time.sleep(rng.uniform(0, 0.8))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL  # not of an error of its own
+        if experiment.checkpoint.exists():
+            state = experiment.load_checkpoint()
+            assert (state["epoch"], state["step"]) >= reached
+            reached = (state["epoch"], state["step"])
+            assert len(state["history"]) == state["epoch"] - 1
+        for path in experiment.folder.glob("model/*.pt"):
+            torch.load(path, weights_only=True)
+    epochs = reached[0]
+    last = resumed(build)
+    with last.experiment.alone():
+        assert not list(last.experiment.folder.rglob("*.tmp"))
+        last.fit(epochs)
+    whole = build("whole")
+    whole.fit(epochs)
+    assert torch.equal(weights(last), weights(whole))
+    assert without_seconds(last.history) == without_seconds(whole.history)
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
@@ -117,7 +173,7 @@ def test_an_interrupt_saves_and_the_run_goes_on_as_if_it_had_not_been(build, sto
     assert not stopped.fit(2)
     assert signal.getsignal(signal.SIGINT) is before
     assert (stopped.epoch, stopped.step) == (1, stop_after)
-    other = resumed(build, stopped, name="stopped")
+    other = resumed(build, name="stopped")
     assert other.fit(2)
     assert torch.equal(weights(other), weights(whole))
     assert other.history[0]["loss"] == whole.history[0]["loss"]
@@ -198,7 +254,7 @@ def test_a_run_can_go_on_from_its_very_start(build):
     trainer.train_step = lambda *args: 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer.fit(1)
-    assert resumed(build, trainer).fit(1)
+    assert resumed(build).fit(1)
 
 
 def test_training_lowers_the_loss(build):
@@ -315,7 +371,7 @@ def test_the_moving_average_of_the_weights(build):
 
     trainer = spied(build(ema=0.5))
     trainer.fit(1)
-    trainer = spied(resumed(build, trainer, ema=0.5))
+    trainer = spied(resumed(build, ema=0.5))
     trainer.fit(2)
     kept = torch.load(trainer.experiment.weights_path("latest_ema"), weights_only=True)
     kept = torch.cat([kept[name].flatten() for name, _ in trainer.model.named_parameters()])
@@ -329,7 +385,7 @@ def test_a_deadline_stops_with_everything_saved(build):
     trainer = build(deadline=0.0)
     assert not trainer.fit(1)
     assert (trainer.epoch, trainer.step) == (1, 1)
-    assert resumed(build, trainer).step == 1
+    assert resumed(build).step == 1
 
 
 def test_mask_histogram():
@@ -378,7 +434,7 @@ def test_another_optimizer_or_loss_cannot_go_on(build):
     trainer = build("run", loss="L1")
     trainer.fit(1)
     with pytest.raises(InputError, match="--loss"):
-        resumed(build, trainer, loss="L1+GAN")
+        resumed(build, loss="L1+GAN")
     fresh = build()
     fresh.optimizer = build_optimizer("SGD", fresh.model.parameters(), 0.1)
     with pytest.raises(InputError, match="the run has Adam"):

@@ -1,4 +1,8 @@
+import multiprocessing
 import os
+import random
+import signal
+import time
 
 import imageio.v3 as iio
 import numpy as np
@@ -57,6 +61,53 @@ def test_grey_and_rgb_copies_live_side_by_side(paths):
     (rgb, *_) = cache.prepare(paths, root, "sep", n_colors=3)
     assert cache.open_image(grey).shape[2] == 1
     assert cache.open_image(rgb).shape[2] == 3
+
+
+def test_it_is_made_in_parallel_as_by_one(paths):
+    root = paths[0].parents[1]
+    one = [cache.open_image(source).copy() for source in cache.prepare(paths, root, "sep")]
+    several = cache.prepare(paths, root, "sep_reset", n_threads=3)
+    for source, expected in zip(several, one, strict=True):
+        assert np.array_equal(cache.open_image(source), expected)
+
+
+def build_cache(paths, started):
+    started.set()
+    while True:
+        cache.prepare(paths, paths[0].parents[1], "sep_reset", n_threads=2)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9")
+def test_killed_at_any_point_it_is_whole_afterwards(make_set):
+    paths = sorted((make_set(count=8, size=(200, 200)) / "Tiny/HR").iterdir())
+    root = paths[0].parents[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data.cache"])
+    rng = random.Random(0)
+    for _ in range(10):
+        started = context.Event()
+        process = context.Process(target=build_cache, args=(paths, started))
+        process.start()
+        assert started.wait(60)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        for cached in root.glob("bin/HR/*.npy"):
+            np.load(cached)
+        for path, source in zip(paths, cache.prepare(paths, root, "sep"), strict=True):
+            assert np.array_equal(cache.open_image(source), read_image(path))
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(paths):
+    root = paths[0].parents[1]
+    old, fresh = root / "bin/HR/.a.npy.1.tmp", root / "bin/HR/.b.npy.2.tmp"
+    old.parent.mkdir(parents=True)
+    for left in (old, fresh):
+        left.touch()
+    os.utime(old, (0, 0))
+    cache.prepare(paths, root, "sep")
+    assert not old.exists()
+    assert fresh.exists()
 
 
 def test_an_interrupted_write_leaves_nothing(paths, monkeypatch):
