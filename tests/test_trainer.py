@@ -403,7 +403,10 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(build):
     assert not trainer.experiment.folder.exists()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+
+
+@needs_compiler
 def test_a_compiled_training_gives_the_same_gradient(build, monkeypatch):
     monkeypatch.setattr("model.smsr.gumbel_softmax", lambda logits, tau, dim: (logits / tau).softmax(dim))
     gradients = []
@@ -418,6 +421,23 @@ def test_a_compiled_training_gives_the_same_gradient(build, monkeypatch):
     torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(gradients[1], gradients[3], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(gradients[0], gradients[1])
+
+
+@needs_compiler
+def test_compiled_16_bit_gradients_stay_finite(build, monkeypatch):
+    monkeypatch.setattr("model.smsr.gumbel_softmax", lambda logits, tau, dim: (logits / tau).softmax(dim))
+    model = SMSR(2, n_blocks=1).train()
+    lr = torch.rand(2, 3, 16, 16) * 255
+    gradients = []
+    for compiled in (False, True):
+        trainer = Trainer(
+            model, build_loss("1*L1"), build_optimizer("SGD", model.parameters(), 1e-30), None, [], None, Schedules(),
+            precision=torch.bfloat16, compile=compiled,
+        )  # fmt: skip
+        trainer.train_step(lr, torch.zeros(2, 3, 32, 32), torch.tensor(0.7), torch.tensor(0.1))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert gradients[1].isfinite().all()
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 def test_optimizers():

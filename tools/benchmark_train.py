@@ -79,7 +79,7 @@ class Baseline:
             f = branches(block, f, m, c)
             features.append(f)
         sr = model.tail(model.collect(torch.cat(features, 1)) + head) + model.upsample(x)
-        sr = sr[..., : lr.shape[2] * model.scale, : lr.shape[3] * model.scale] + model.mean
+        sr = sr[..., : lr.shape[2] * model.scale, : lr.shape[3] * model.scale]
         return sr, torch.cat(shares).mean()
 
     def step(self, lr, hr, tau, lambda_):

@@ -1,3 +1,4 @@
+import itertools
 import pickle
 
 import imageio.v3 as iio
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from data import build_train_loader, find_set
-from data.srdata import EpochSampler, Patches
+from data.srdata import EpochSampler, Patches, _turn, collate
 from utility import InputError
 
 
@@ -57,6 +58,25 @@ def test_augmentation_reaches_all_eight_orientations_and_no_other(make_set):
     }
     seen = {patches[0, 1, draw][0].numpy().tobytes() for draw in range(200)}
     assert seen == allowed
+
+
+@pytest.mark.parametrize("n_colors", [1, 3])
+@pytest.mark.parametrize("flags", itertools.product((0, 1), repeat=3))
+def test_turns_are_those_of_numpy(n_colors, flags):
+    flip_rows, flip_columns, transpose = flags
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, n_colors), dtype=np.uint8)
+    expected = image[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+    expected = expected.transpose(1, 0, 2) if transpose else expected
+    assert np.array_equal(_turn(image, *flags), expected)
+
+
+@pytest.mark.parametrize("n_colors", [1, 3])
+def test_a_batch_is_its_items_in_channels_last_memory(make_set, n_colors):
+    patches = patches_of(make_set(), n_colors=n_colors)
+    items = [patches[image, 1, image] for image in range(3)]
+    for batch, images in zip(collate(items), zip(*items, strict=True), strict=True):
+        assert torch.equal(batch, torch.stack(images))
+        assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_an_image_as_large_as_a_patch_is_enough_and_a_smaller_one_is_named(make_set):

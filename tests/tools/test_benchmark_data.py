@@ -1,0 +1,36 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data import find_set
+from data.srdata import Patches
+from tools.benchmark import main
+from tools.benchmark_data import PickledImages, write_pairs
+from utility import InputError
+
+
+def test_pickled_images_give_the_same_patches(tmp_path):
+    write_pairs(tmp_path / "Pairs", 2, (60, 81))
+    sets = [find_set("Pairs", tmp_path, 2)]
+    pickled, plain = PickledImages(sets, 2, 16), Patches(sets, 2, 16, ext="img")
+    for draw in range(8):
+        for ours, theirs in zip(pickled[draw % 2, 1, draw], plain[draw % 2, 1, draw], strict=True):
+            assert ours.dtype == torch.float32
+            assert ours.is_contiguous()
+            assert np.array_equal(ours, theirs)
+
+
+def test_kinds_of_cache_are_timed(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    line = "data --size 60x80 --images 2 --patch_size 8 --batch_size 2 --batches 2 --rounds 1 --n_threads 0 --json"
+    main([*line.split(), str(out)])
+    assert list(json.loads(out.read_text())["patches_per_second"]) == ["pickle", "img", "sep", "bin"]
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_an_image_smaller_than_a_patch_is_named():
+    line = "data --size 60x80 --images 1 --n_threads 0"
+    with pytest.raises(InputError, match="--patch_size 96"):
+        main(line.split())
