@@ -86,7 +86,7 @@ def train(args, stored, device):
             logger.info(line)
         return 0
     if distributed.is_helper():
-        return 0 if trainer.fit(args.epochs) else INTERRUPTED
+        return exit_code(trainer.fit(args.epochs), deadline)
     if not state:
         with experiment.alone():
             experiment.start(args.reset)
@@ -104,7 +104,12 @@ def train(args, stored, device):
             logger.info(f"written to {experiment.folder}")
         else:
             logger.info(f"go on with: python main.py --load {args.save}")
-    return 0 if finished else INTERRUPTED
+    return exit_code(finished, deadline)
+
+
+def exit_code(finished, deadline):
+    """Stopped in time is success: torchrun and batch systems would report anything else as a failure."""
+    return 0 if finished or time.monotonic() > deadline else INTERRUPTED
 
 
 def test(args, device):

@@ -7,6 +7,7 @@ import os
 import signal
 import statistics
 import time
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,7 +135,11 @@ class Trainer:
         if compile:
             self.forward.compile(dynamic=False)
         if distributed.world_size() > 1:
-            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():  # PyTorch 2.13 has another name for the option, older ones have not
+                warnings.simplefilter("ignore", FutureWarning)
+                self.forward = DistributedDataParallel(
+                    self.forward, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
         # It also skips steps without asking the device, and scales only where float16 needs that.
         half = precision == torch.float16
         self.scaler = torch.amp.GradScaler(
@@ -169,7 +174,8 @@ class Trainer:
         seconds = []
         for _ in range(8):
             started = time.perf_counter()
-            self.train_step(*map(self._to_input, next(batches)), *self._schedule_tensors())
+            with self._failures_told():
+                self.train_step(*map(self._to_input, next(batches)), *self._schedule_tensors())
             synchronize(self.device)
             seconds.append(time.perf_counter() - started)
         step = statistics.median(seconds[3:])  # the first ones warm up, compile, and start the workers
@@ -441,6 +447,9 @@ class Trainer:
         except RuntimeError as error:
             if distributed.is_lost(error):
                 raise InputError(f"another process of this training is gone; {go_on}") from None
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                what = str(error).strip().splitlines()[0]
+                raise InputError(f"--compile: {what}; install what is missing, or leave --compile out") from None
             raise
 
     @contextlib.contextmanager

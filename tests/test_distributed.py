@@ -97,6 +97,14 @@ def test_a_process_that_is_lost_ends_the_others_and_the_run_goes_on(folder):
     assert main(f"--load run --epochs {epoch}".split()) == 0
 
 
+def test_a_time_limit_ends_both_without_a_complaint(folder):
+    done = by_two(f"{EDSR} --epochs 100000 --time_limit 0.05")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    epoch = torch.load("experiment/run/checkpoint.pt", weights_only=True)["epoch"]
+    assert main(f"--load run --epochs {epoch}".split()) == 0
+
+
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 

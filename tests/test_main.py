@@ -286,10 +286,21 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder):
 
 
 def test_a_time_limit_stops_and_the_run_goes_on(folder, capsys):
-    assert run(f"{TRAIN} --epochs 100000 --time_limit 0.02") == 130
+    assert run(f"{TRAIN} --epochs 100000 --time_limit 0.02") == 0
     assert "python main.py --load run" in capsys.readouterr().out
     state = torch.load("experiment/run/checkpoint.pt", weights_only=True)
     assert run(f"--load run --epochs {state['epoch']}") == 0  # without the limit
+
+
+def test_without_a_compiler_compile_says_so(folder):
+    (folder / "empty").mkdir()
+    environment = os.environ | {"PATH": str(folder / "empty"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")}
+    done = subprocess.run(
+        [*MAIN, *f"{TRAIN} --epochs 1 --compile --cpu".split()], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --compile: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_dry_run_writes_nothing(folder, capsys):
