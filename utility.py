@@ -12,11 +12,13 @@ import re
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import torch
 from skimage.metrics import structural_similarity
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -65,6 +67,20 @@ def is_out_of_memory(error):
     """Whether this is what a MemoryError says; on a CPU PyTorch raises a plain RuntimeError."""
     said = ("out of memory", "not enough memory", "allocate memory", "memory object", "bad_alloc")
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
+def in_parallel(function, items, n_threads, title):
+    """[function(item) for item in items], in threads, with a progress bar of images. The first error ends it."""
+    with ThreadPoolExecutor(max(1, n_threads)) as pool, tqdm(total=len(items), desc=title, leave=False) as bar:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------

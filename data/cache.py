@@ -12,13 +12,11 @@ rename, so nobody ever finds half of one.
 import functools
 import glob
 import io
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tqdm import tqdm
 
 from data.image import read_image
-from utility import InputError, remove_unfinished, write_whole
+from utility import InputError, in_parallel, remove_unfinished, write_whole
 
 KINDS = ("img", "sep", "sep_reset", "bin")
 
@@ -34,8 +32,7 @@ def prepare(paths, root, kind, n_colors=3, n_threads=1):
         read = functools.partial(_cached, root=root, n_colors=n_colors, anew=kind == "sep_reset")
         for folder in {_folder(path, root) for path in paths}:
             remove_unfinished(folder, seconds=3600)  # what is younger may be another's work in progress
-    with ThreadPoolExecutor(max(1, n_threads)) as pool:
-        return list(tqdm(pool.map(read, paths), f"cache {root.name}", len(paths), unit="image", leave=False))
+    return in_parallel(read, list(paths), n_threads, f"cache {root.name}")
 
 
 def open_image(source, n_colors=3):

@@ -7,7 +7,7 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageOps
 
-from utility import InputError
+from utility import InputError, write_whole
 
 ORIENTATION, TURNED = 0x0112, {5, 6, 7, 8}  # the EXIF tag, and its values that swap height and width
 
@@ -38,9 +38,15 @@ def image_size(path):
     return (width, height) if turned else (height, width)
 
 
+def image_kind(path):
+    """Such as "PNG RGB" or "PNG I;16", as Pillow names formats and modes: I;16 is grey of 16 bits, P a palette."""
+    with _open(path) as image:
+        return f"{image.format} {image.mode}"
+
+
 def write_png(path, image):
-    """uint8 (H, W, 1 or 3) -> a PNG file."""
-    iio.imwrite(path, image[..., 0] if image.shape[2] == 1 else image, extension=".png")
+    """uint8 (H, W, 1 or 3) -> a PNG file, whole or not at all."""
+    write_whole(path, iio.imwrite("<bytes>", image[..., 0] if image.shape[2] == 1 else image, extension=".png"))
 
 
 def list_images(folder):
