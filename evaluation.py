@@ -2,7 +2,9 @@
 
 import math
 import time
+from dataclasses import replace
 
+import numpy as np
 from tqdm import tqdm
 
 import distributed
@@ -17,7 +19,7 @@ def evaluate(model, images, run=None, rgb_range=255, save=None, warm_up=True):
 
     Args:
         run: LR (1, C, H, W) -> SR and Work, see model/inference.py; None: model.inference
-        save: called with (name, SR uint8 (H, W, C)) for each image
+        save: called with (name, LR, SR, masks) for each image: uint8 (H, W, C), and bool (K, H, W) without padding
         warm_up: run the first image once before the clock starts
 
     Returns:
@@ -50,11 +52,11 @@ def evaluate(model, images, run=None, rgb_range=255, save=None, warm_up=True):
                     "add --chop, or with it a smaller --chop_size"
                 ) from None
             if save:
-                save(name, sr)
+                save(name, quantize(lr, 255), sr, masks_of(work))
             row = {"name": name, "lr_shape": list(lr.shape[1:])}
             row |= compare(sr, hr, images.scale, rgb=not images.benchmark)
             row |= {"seconds": seconds, "mask_density": work.mask_density, "active_share": work.active_share}
-            measured.append((row, work))
+            measured.append((row, replace(work, masks=())))
     shares = distributed.gather(measured)  # one image after the other, as they were dealt out
     rows, works = zip(*(shares[i % len(shares)][i // len(shares)] for i in range(len(images))), strict=True)
 
@@ -64,6 +66,7 @@ def evaluate(model, images, run=None, rgb_range=255, save=None, warm_up=True):
     columns = [key for key in rows[0] if key.startswith(("psnr", "ssim"))]
     return (
         {"dataset": images.name, "scale": images.scale, "model": type(model).__name__}
+        | {"parameters": sum(p.numel() for p in model.parameters())}
         | {key: mean(row[key] for row in rows) for key in columns}
         | {
             "n_images": len(rows),
@@ -77,6 +80,11 @@ def evaluate(model, images, run=None, rgb_range=255, save=None, warm_up=True):
             "images": list(rows),
         }
     )
+
+
+def masks_of(work):
+    """The masks of one image, bool array (K, H, W); K is 0 for a network that has none."""
+    return np.array([mask[0, 0].cpu().numpy() for mask in work.masks])
 
 
 def at_1280x720(works, count, scale):

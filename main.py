@@ -10,22 +10,25 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import distributed
 import option
+import pictures
 from data import build_test_sets, build_train_loader
 from data.image import write_png
 from evaluation import evaluate, table
 from loss import build_loss
 from model import build_model, read_weights
-from model.inference import self_ensemble
+from model.inference import needed_memory, self_ensemble
 from trainer import Schedules, Trainer, build_optimizer
 from utility import (
     INTERRUPTED,
     Experiment,
     InputError,
+    free_memory,
     logger,
     pick_device,
     run_program,
     write_json,
     write_options,
+    write_whole,
 )
 from watch import Board
 
@@ -121,7 +124,11 @@ def test(args, device):
         raise InputError("--test_only needs weights: give --pre_train FILE, or --load NAME for those of a run")
     model = make_model(args, read_weights(path), path)
     model = model.to(device, option.PRECISIONS[args.precision], memory_format=torch.channels_last)
-    run = functools.partial(model.inference, mode=args.inference, tile=args.chop_size if args.chop else None)
+
+    def run(x):
+        chop = args.chop or lacks_memory(model, x)
+        return model.inference(x, mode=args.inference, tile=args.chop_size if chop else None)
+
     if args.self_ensemble:
         run = functools.partial(self_ensemble, run)
     test_sets = build_test_sets(
@@ -130,12 +137,7 @@ def test(args, device):
     for images in test_sets:
         with distributed.main_first():
             folder = experiment.start_results(images.name, args.scale, args.reset and not distributed.is_helper())
-
-        def save(name, sr, folder=folder):
-            write_png(folder / f"{name}_x{args.scale}_SR.png", sr)
-
-        saves = args.save_results or images.name == "demo"
-        metrics = evaluate(model, images, run, args.rgb_range, save if saves else None)
+        metrics = evaluate(model, images, run, args.rgb_range, functools.partial(save, args, images.name, folder))
         if distributed.is_helper():
             continue
         write_json(folder / "metrics.json", metrics)
@@ -146,6 +148,28 @@ def test(args, device):
             logger.info("no HR images to compare with: PSNR and SSIM are left out")
         logger.info(f"written to {folder}")
     return 0
+
+
+def lacks_memory(model, x):
+    needed, free = needed_memory(model, x), free_memory(x.device)
+    if needed > free:
+        logger.info(
+            f"{x.shape[2]}x{x.shape[3]} pixels need about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: "
+            "run in tiles, as with --chop; the result is the same"
+        )
+    return needed > free
+
+
+def save(args, set_name, folder, name, lr, sr, masks):
+    """Write what is asked for of an image: <name>_SR.png; <name>_mask<k>.png, _density.png and the sheet _masks.png."""
+    name = f"{name}_x{args.scale}"
+    if args.save_results or set_name == "demo":
+        write_png(folder / f"{name}_SR.png", sr)
+    if args.save_masks:
+        for k, mask in enumerate(masks):
+            write_png(folder / f"{name}_mask{k + 1}.png", pictures.overlay(lr, mask))
+        write_png(folder / f"{name}_density.png", pictures.density_map(masks))
+        write_whole(folder / f"{name}_masks.png", pictures.mask_sheet(name, lr, sr, masks))
 
 
 def make_model(args, weights, origin, transfer=False):

@@ -24,7 +24,7 @@ TEMPLATES = {
 OF_ONE_CALL = {
     "cpu", "n_GPUs", "load", "save", "pre_train", "reset", "resume", "template", "test_only", "dry_run", "time_limit",
 }  # fmt: skip
-OF_TESTS = ("chop", "self_ensemble", "save_results")
+OF_TESTS = ("chop", "self_ensemble", "save_results", "save_masks")
 OF_MODELS = (
     "model", "scale", "n_feats", "n_blocks", "n_layers", "n_resblocks", "res_scale", "n_colors", "rgb_range",
 )  # fmt: skip
@@ -197,6 +197,7 @@ def build_parser():
     )  # fmt: skip
     group.add_argument("--self_ensemble", action="store_true", help="mean over 8 flips and turns")
     group.add_argument("--save_results", action="store_true", help="write the SR images")
+    group.add_argument("--save_masks", action="store_true", help="write pictures of the spatial masks")
 
     group = parser.add_argument_group("run")
     group.add_argument("--save", help="name of the run: experiment/NAME (default: that of --load, else test)")
@@ -248,6 +249,10 @@ def _check(args):
             raise InputError("--data_test demo has no HR images to measure a training by; add --test_only")
     if args.model == "EDSR" and args.inference == "sparse":
         raise InputError("--inference sparse: EDSR has nothing to skip; leave it out")
+    if args.save_masks and args.model == "EDSR":
+        raise InputError("--save_masks: EDSR has no masks; leave it out")
+    if args.save_masks and args.self_ensemble:
+        raise InputError("--save_masks shows those of one pass, and --self_ensemble takes eight; leave one out")
 
 
 # ---- types of values -------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ import torch
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
+import pictures
+
 try:
     import fcntl
     import resource
@@ -118,6 +120,17 @@ def peak_memory(device):
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory(device):
+    """Bytes that a process can still have on a device; inf where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return math.inf
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -336,45 +349,12 @@ class Experiment:
             ("psnr.png", "PSNR (dB)", "psnr"),
             ("active_share.png", "active share", "active"),
         ):
-            write_whole(self.folder / file, _curves(history, [key for key in columns if key.startswith(prefix)], label))
+            write_whole(
+                self.folder / file, pictures.curves(history, [key for key in columns if key.startswith(prefix)], label)
+            )
         bins = [key for key in columns if key.startswith("mask_")]
         if bins:
-            write_whole(self.folder / "masks.png", _mask_curves(history, bins))
-
-
-def _figure(label):
-    from matplotlib.figure import Figure  # no pyplot: no window system is touched
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    return figure, figure.add_subplot(xlabel="epoch", ylabel=label)
-
-
-def _png(figure):
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
-
-
-def _curves(history, columns, label):
-    figure, axes = _figure(label)
-    for column in columns:
-        points = [(row["epoch"], row[column]) for row in history if math.isfinite(row.get(column, math.nan))]
-        axes.plot(*zip(*points, strict=True) if points else ((), ()), marker=".", label=column)
-    axes.grid(alpha=0.3)
-    if len(columns) > 1:
-        axes.legend()
-    return _png(figure)
-
-
-def _mask_curves(history, bins):
-    """How the values m of the spatial masks are distributed, stacked: what is sure lies at the bottom and the top."""
-    figure, axes = _figure("share of pixels, by m")
-    rows = [row for row in history if bins[0] in row]
-    shares = [[row[column] for row in rows] for column in bins]
-    colors = [str(0.1 + 0.8 * index / (len(bins) - 1)) for index in range(len(bins))]
-    axes.stackplot([row["epoch"] for row in rows], shares, labels=bins, colors=colors)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
-    return _png(figure)
+            write_whole(self.folder / "masks.png", pictures.mask_curves(history, bins))
 
 
 def write_options(path, options, defaults):

@@ -37,11 +37,11 @@ class Board:
         parameter = next(model.parameters())
         model.eval()
         x = lr[None].to(parameter.device, parameter.dtype) * (rgb_range / 255)
-        sr = model.inference(x)[0][0] / rgb_range
+        sr, work = model.inference(x)
         self.writer.add_image(f"{name}/LR", lr, epoch)
-        self.writer.add_image(f"{name}/SR", sr.clamp(0, 1), epoch)
+        self.writer.add_image(f"{name}/SR", (sr[0] / rgb_range).clamp(0, 1), epoch)
         self.writer.add_image(f"{name}/HR", hr, epoch, dataformats="HWC")
-        for k, mask in enumerate(model.spatial_masks(x)):
+        for k, mask in enumerate(work.masks):
             self.writer.add_image(f"{name}/mask {k + 1}", mask[0].float(), epoch)
 
     def close(self):

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,7 @@ class Work:
     macs_run    multiply-adds that were executed: those of `macs`, and what it took to skip the others
     important   important pixels in the mask of each SMM; empty for a dense network
     active      active share of the sparse convolutions (1: nothing skipped), times `pixels`
+    masks       of each SMM, bool (N, 1, H, W), true where a pixel is important; none in a sum
     """
 
     pixels: int
@@ -61,6 +62,7 @@ class Work:
     macs_run: int
     important: tuple[int, ...] = ()
     active: float = 0.0
+    masks: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)
 
     def __add__(self, other):
         return Work(

@@ -51,7 +51,8 @@ class EDSR(nn.Module):
 
     def __init__(self, scale, n_feats=64, n_resblocks=16, res_scale=1.0, n_colors=3, rgb_range=255):
         super().__init__()
-        self.scale = scale
+        self.scale, self.n_feats = scale, n_feats
+        self.peak_maps = 3 * scale**2 + 1  # of features that inference holds in memory at a time; most at full size
         self.register_buffer("mean", mean_color(n_colors, rgb_range), persistent=False)
         self.head = nn.Sequential(conv3x3(n_colors, n_feats))
         blocks = [ResBlock(n_feats, res_scale) for _ in range(n_resblocks)]
@@ -71,10 +72,6 @@ class EDSR(nn.Module):
     def training_forward(self, x, tau):
         """SR images and no masks: a dense network has no temperature and no sparsity."""
         return self(x), []
-
-    def spatial_masks(self, x):
-        """None: everything is computed everywhere."""
-        return []
 
     @torch.no_grad()
     def inference(self, x, mode="dense", tile=None):

@@ -21,3 +21,9 @@ def self_ensemble(run, x):
             outputs.append(sr.transpose(2, 3) if transpose else sr)
             works.append(work)
     return torch.stack(outputs).mean(0), functools.reduce(operator.add, works)
+
+
+def needed_memory(model, x):
+    """About how many bytes running x (N, C, H, W) in one piece takes at its peak, by what was measured on a CPU."""
+    pixels = x.numel() // x.shape[1]
+    return model.peak_maps * model.n_feats * pixels * x.element_size()

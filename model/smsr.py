@@ -9,6 +9,7 @@ channel is dense; tau the temperature of the Gumbel-softmax.
 """
 
 import re
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +129,8 @@ class SMSR(nn.Module):
 
     def __init__(self, scale, n_feats=64, n_blocks=5, n_layers=4, n_colors=3, rgb_range=255):
         super().__init__()
-        self.scale = scale
+        self.scale, self.n_feats = scale, n_feats
+        self.peak_maps = 8  # maps of features that inference holds in memory at a time, at most
         self.register_buffer("mean", mean_color(n_colors, rgb_range), persistent=False)
         self.head = nn.Sequential(conv3x3(n_colors, n_feats), nn.ReLU(inplace=True), conv3x3(n_feats, n_feats))
         self.blocks = nn.ModuleList(SMM(n_feats, n_layers) for _ in range(n_blocks))
@@ -145,11 +147,6 @@ class SMSR(nn.Module):
     def masked_forward(self, x):
         """The dense computation that sparse inference must equal: hard masks, nothing skipped. Returns SR images."""
         return self._forward(x, SMM.hard_masks)[0]
-
-    def spatial_masks(self, x):
-        """The masks of inference for LR images (N, n_colors, H, W): K of bool (N, 1, H, W)."""
-        height, width = x.shape[-2:]
-        return [m[..., :height, :width] > 0 for m, _ in self._forward(x, SMM.hard_masks)[1]]
 
     def _forward(self, x, masks_of):
         height, width = x.shape[-2:]
@@ -190,7 +187,8 @@ class SMSR(nn.Module):
         height, width = x.shape[-2:]
         x = pad_to_multiple(x - self.mean, 2).contiguous(memory_format=torch.channels_last)
         sr, work = self._current_plan()(x, mode, tile)
-        return sr[..., : height * self.scale, : width * self.scale], work
+        masks = tuple(mask[..., :height, :width] for mask in work.masks)
+        return sr[..., : height * self.scale, : width * self.scale], replace(work, masks=masks)
 
     def _current_plan(self):
         def same(a, b):  # by value: writes to .data are seen, too

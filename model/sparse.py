@@ -111,6 +111,7 @@ class Plan:
             macs_run=fixed + again + sum(work.macs_run for work in works),
             important=tuple(count for work in works for count in work.important),
             active=sum(work.active for work in works) / len(works),
+            masks=tuple(mask for work in works for mask in work.masks),
         )
 
 
@@ -158,7 +159,7 @@ class BlockPlan:
         for cut in cuts:
             near = cut.widened(len(self.layers), shape[1])  # a line a layer
             executed += run(f, y, near.of(mask), near.rows(shape).start, cut.rows(shape), space)
-        return self._work(mask.numel(), important, executed)
+        return self._work(mask, important, executed)
 
     def _run_packed(self, f, y, mask, start, inner, space):
         """Write the rows `inner` of the map y; returns the multiply-adds executed.
@@ -239,11 +240,20 @@ class BlockPlan:
         out += self.block.collect.bias
         return executed
 
-    def _work(self, pixels, important, executed):
+    def _work(self, mask, important, executed):
+        pixels = mask.numel()
         masked = sum(layer.macs(pixels, important) for layer in self.layers)
-        mask = self.mask_macs * pixels
+        masking = self.mask_macs * pixels
         share = important + (pixels - important) * self.dense_share
-        return Work(pixels, mask + masked, mask + self.macs_dense * pixels, executed, (important,), share)
+        return Work(
+            pixels,
+            masking + masked,
+            masking + self.macs_dense * pixels,
+            executed,
+            (important,),
+            share,
+            (mask[:, None],),
+        )
 
 
 class LayerPlan:

@@ -21,10 +21,10 @@ def test_benchmark_sets_are_measured_on_luma_and_others_on_rgb_too():
 def test_evaluate_reports_as_documented(make_set, tiny):
     (images,) = build_test_sets(["Tiny"], make_set(benchmark=True), 2)
     saved = {}
-    metrics = evaluate(tiny, images, save=saved.__setitem__)
+    metrics = evaluate(tiny, images, save=lambda name, *pictures: saved.update({name: pictures}))
     assert list(metrics) == [
-        "dataset", "scale", "model", "psnr_y", "ssim_y", "n_images", "seconds_per_image", "gmacs", "gmacs_dense",
-        "gmacs_run", "gmacs_at_1280x720", "gmacs_dense_at_1280x720", "active_share", "images",
+        "dataset", "scale", "model", "parameters", "psnr_y", "ssim_y", "n_images", "seconds_per_image",
+        "gmacs", "gmacs_dense", "gmacs_run", "gmacs_at_1280x720", "gmacs_dense_at_1280x720", "active_share", "images",
     ]  # fmt: skip
     assert (metrics["dataset"], metrics["scale"], metrics["model"], metrics["n_images"]) == ("Tiny", 2, "SMSR", 3)
     row = metrics["images"][1]
@@ -36,7 +36,11 @@ def test_evaluate_reports_as_documented(make_set, tiny):
     assert metrics["gmacs_at_1280x720"] == pytest.approx(metrics["gmacs"] / (20 * 24) * (1280 * 720 / 4))
     _, lr, hr = images[1]
     sr = tiny(lr[None].float())[0].clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
-    assert np.array_equal(saved["img1"], sr)
+    saved_lr, saved_sr, masks = saved["img1"]
+    assert np.array_equal(saved_lr, lr.permute(1, 2, 0))
+    assert np.array_equal(saved_sr, sr)
+    assert masks.shape == (2, 20, 24)
+    assert masks.mean(axis=(1, 2)) == pytest.approx(row["mask_density"])
     assert row["psnr_y"] == pytest.approx(compare(sr, hr, 2)["psnr_y"])
     lines = table(metrics)
     assert len(lines) == 5

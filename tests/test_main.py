@@ -117,6 +117,33 @@ def test_test_writes_images_metrics_and_a_table(folder, capsys):
     assert f"{metrics['psnr_y']:.2f}" in printed
 
 
+def test_masks_are_drawn(folder):
+    make_odd = iio.imread("data/benchmark/Tiny2/LR_bicubic/X2/img0.png")[:19, :23]
+    iio.imwrite("odd.png", make_odd)
+    demo = "--data_test demo --dir_demo odd.png --scale 2 --pre_train weights.pt --test_only --save_masks --save demo"
+    assert run(demo) == 0
+    results = folder / "experiment/demo/results-demo-x2"
+    drawn = {path.name: iio.imread(path) for path in results.glob("*.png")}
+    assert set(drawn) == {
+        f"odd_x2_{kind}.png" for kind in ("SR", "mask1", "mask2", "density", "masks")
+    }  # fmt: skip
+    for kind in ("mask1", "mask2", "density"):
+        assert drawn[f"odd_x2_{kind}.png"].shape == (19, 23, 3)
+    for line, said in (("--self_ensemble", "takes eight"), ("--model EDSR", "EDSR has no masks")):
+        with pytest.raises(InputError, match=said):
+            run(f"{demo} {line}")
+
+
+def test_an_image_too_large_for_the_memory_is_run_in_tiles(folder, monkeypatch, capsys):
+    run(f"{TEST} --save_results")
+    whole = iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png")
+    assert "in tiles" not in capsys.readouterr().out
+    monkeypatch.setattr("main.free_memory", lambda device: 1000)
+    run(f"{TEST} --save_results")
+    assert "20x24 pixels need about 0.0 GiB, and 0.0 are free: run in tiles" in capsys.readouterr().out
+    assert np.array_equal(iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png"), whole)
+
+
 def test_self_ensemble_and_precision(folder, tiny):
     run(f"{TEST} --save_results")
     plain = iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png").astype(int)
