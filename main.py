@@ -4,6 +4,7 @@ import functools
 import logging
 import sys
 import time
+from pathlib import Path
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -30,6 +31,7 @@ from utility import (
     write_options,
     write_whole,
 )
+from video import upscale_video
 from watch import Board
 
 
@@ -131,6 +133,8 @@ def test(args, device):
 
     if args.self_ensemble:
         run = functools.partial(self_ensemble, run)
+    if "video" in args.data_test:
+        return test_video(args, experiment, model, run, path)
     test_sets = build_test_sets(
         args.data_test, args.dir_data, args.scale, args.data_range, args.n_colors, args.dir_demo
     )
@@ -147,6 +151,18 @@ def test(args, device):
         if images.name == "demo":
             logger.info("no HR images to compare with: PSNR and SSIM are left out")
         logger.info(f"written to {folder}")
+    return 0
+
+
+def test_video(args, experiment, model, run, weights):
+    clip = Path(args.dir_demo)
+    folder = experiment.start_results("video", args.scale, args.reset)
+    parameter = next(model.parameters())
+    target = folder / f"{clip.stem}_x{args.scale}_SR.mp4"
+    key = Path(weights).read_bytes() + repr((args.precision, args.self_ensemble)).encode()
+    count = upscale_video(run, clip, target, args.n_colors, args.rgb_range, parameter.device, parameter.dtype, key)
+    write_options(folder / "options.json", vars(args), option.defaults())
+    logger.info(f"{count} frames, without sound, written to {target}")
     return 0
 
 

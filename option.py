@@ -108,10 +108,12 @@ def build_parser():
 
     group = parser.add_argument_group("data")
     group.add_argument("--dir_data", default="dataset", help="folder that holds the sets")
-    group.add_argument("--dir_demo", default="", help="your own images, a folder or a file, for --data_test demo")
+    group.add_argument(
+        "--dir_demo", default="", help="for --data_test demo: your images, a folder or a file; video: a file"
+    )
     group.add_argument("--data_train", type=names, default=["DIV2K"], help="sets to train on, such as DIV2K+Flickr2K")
     group.add_argument(
-        "--data_test", type=names, default=["DIV2K"], help="sets to test on, such as Set5+Set14, or demo"
+        "--data_test", type=names, default=["DIV2K"], help="sets to test on, such as Set5+Set14, or demo, or video"
     )
     group.add_argument(
         "--data_range", type=ranges, metavar="A-B/C-D",
@@ -245,8 +247,18 @@ def _check(args):
         for name in OF_TESTS:
             if getattr(args, name):
                 raise InputError(f"--{name} is for --test_only; leave it out of a training")
-        if "demo" in args.data_test:
-            raise InputError("--data_test demo has no HR images to measure a training by; add --test_only")
+        for name in ("demo", "video"):
+            if name in args.data_test:
+                raise InputError(f"--data_test {name} has no HR images to measure a training by; add --test_only")
+    if "video" in args.data_test:
+        if len(args.data_test) > 1:
+            raise InputError("--data_test video stands alone; test other sets in another call")
+        if not args.dir_demo:
+            raise InputError("--data_test video: say with --dir_demo which file")
+        if args.save_masks:
+            raise InputError("--save_masks is for images; leave it out with --data_test video")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError("--data_test video runs in one process; leave torchrun out")
     if args.model == "EDSR" and args.inference == "sparse":
         raise InputError("--inference sparse: EDSR has nothing to skip; leave it out")
     if args.save_masks and args.model == "EDSR":

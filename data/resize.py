@@ -1,4 +1,4 @@
-"""Bicubic downscaling as MATLAB's imresize does it: the LR images of the field."""
+"""Bicubic resizing as MATLAB's imresize does it: the LR images of the field."""
 
 import numpy as np
 import torch
@@ -16,19 +16,26 @@ def downscale(image, scale):
     height, width = image.shape[:2]
     if height % scale or width % scale:
         raise ValueError(f"{height}x{width} pixels cannot be divided by {scale}")
-    image = _downscale_axis(image, scale, axis=0)
-    return _downscale_axis(image, scale, axis=1)
+    return _resize(_resize(image, height // scale, axis=0), width // scale, axis=1)
 
 
-def _downscale_axis(image, scale, axis):
-    margin = 3  # output pixels; the kernel reaches over two
+def upscale(image, scale):
+    """uint8 (H, W, C) -> uint8 (scale H, scale W, C): the method "bicubic" of papers."""
+    height, width = image.shape[:2]
+    return _resize(_resize(image, height * scale, axis=0), width * scale, axis=1)
+
+
+def _resize(image, length, axis):
+    """One axis to `length`, a multiple or a part of what it is."""
+    margin = 3 * max(1, image.shape[axis] // length)  # input pixels; the kernel reaches over two, or two output pixels
     padding = [(0, 0)] * 3
-    padding[axis] = (margin * scale, margin * scale)
+    padding[axis] = (margin, margin)
     padded = torch.from_numpy(np.pad(image, padding, mode="symmetric").transpose(2, 0, 1)[None].astype(np.float32))
     size = list(padded.shape[2:])
-    size[axis] //= scale
+    size[axis] = size[axis] * length // image.shape[axis]
     resized = F.interpolate(padded, size, mode="bicubic", antialias=True, align_corners=False)[0]
     resized = (resized.clamp(0, 255) + 0.5).floor().byte().permute(1, 2, 0).numpy()
+    margin = (size[axis] - length) // 2
     kept = slice(margin, -margin)
     return resized[kept] if axis == 0 else resized[:, kept]
 

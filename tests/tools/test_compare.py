@@ -1,0 +1,54 @@
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from data.resize import downscale, upscale
+from evaluation import compare
+from model.edsr import EDSR
+from model.smsr import SMSR
+from tools.compare import main
+from utility import InputError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    iio.imwrite("hr.png", np.random.default_rng(0).integers(0, 256, (41, 52, 3), dtype=np.uint8))
+    torch.save(tiny.state_dict(), "smsr.pt")
+    torch.save(EDSR(2, n_feats=8, n_resblocks=1).state_dict(), "edsr.pt")
+    torch.save(SMSR(3, n_feats=8, n_blocks=1, n_layers=2).state_dict(), "x3.pt")
+    return tmp_path
+
+
+def run(line):
+    main(f"--image hr.png --output new/strip.png {line}".split())
+
+
+def test_methods_side_by_side(folder, capsys):
+    run("--crop 10,5,20,10 --methods bicubic edsr.pt smsr.pt hr")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed[:-1]] == ["bicubic", "edsr", "smsr"]
+    hr = iio.imread("hr.png")[:40]
+    measured = compare(upscale(downscale(hr, 2), 2), hr, 2)
+    assert printed[0] == f"bicubic: {measured['psnr_y']:.2f} dB / {measured['ssim_y']:.4f}"
+    height, width = iio.imread("new/strip.png").shape[:2]
+    assert width > 4 * height
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--crop 40,0,13,5 --methods smsr.pt", "--crop 40,0,13,5: reaches out of the image, 52x40"),
+        ("--crop 1,2,3 --methods hr", "--crop: '1,2,3'"),
+        ("--crop 0,0,0,5 --methods hr", "--crop"),
+        ("--crop 0,0,5,5 --methods bicubic", "--scale tells"),
+        ("--crop 0,0,5,5 --methods smsr.pt x3.pt", "x2, x3"),
+        ("--crop 0,0,5,5 --methods smsr.pt --scale 4", "x2, x4"),
+        ("--crop 0,0,5,5 --methods absent.pt", "absent.pt"),
+        ("--crop 0,0,5,5 --methods bicubic --scale 60", "hr.png: is smaller than 60"),
+    ],
+)
+def test_mistakes_are_named(folder, line, said):
+    with pytest.raises(InputError, match=said):
+        run(line)

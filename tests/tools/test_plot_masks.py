@@ -1,0 +1,28 @@
+import imageio.v3 as iio
+import pytest
+import torch
+
+from model.edsr import EDSR
+from tools.plot_masks import main
+from utility import InputError
+
+
+def test_channel_masks_are_counted_and_drawn(tmp_path, tiny, capsys):
+    with torch.no_grad():
+        for block in tiny.blocks:
+            block.channel_logits.copy_(torch.tensor([0.0, 1.0]))
+        tiny.blocks[1].channel_logits[0, :3, 1] = torch.tensor([1.0, 0.0])
+    torch.save(tiny.state_dict(), tmp_path / "weights.pt")
+    main(["--pre_train", str(tmp_path / "weights.pt"), "--output", str(tmp_path / "masks.png")])
+    counts = [[int(mask.sum()) for mask in block.hard_channel_mask().T] for block in tiny.blocks]
+    printed = capsys.readouterr().out.splitlines()
+    assert sorted(map(abs, (counts[1][0] - counts[1][1], counts[0][0] - counts[0][1]))) == [0, 3]
+    for line, (first, second) in zip(printed, counts, strict=False):
+        assert f": {first} {second} of 8 channels are dense" in line
+    assert iio.imread(tmp_path / "masks.png").ndim == 3
+
+
+def test_a_network_without_masks_is_refused(tmp_path):
+    torch.save(EDSR(2, n_feats=8, n_resblocks=1).state_dict(), tmp_path / "edsr.pt")
+    with pytest.raises(InputError, match=r"edsr\.pt: EDSR has no masks"):
+        main(["--pre_train", str(tmp_path / "edsr.pt"), "--output", str(tmp_path / "masks.png")])
