@@ -188,6 +188,7 @@ class Trainer:
             synchronize(self.device)
             per_image.append(time.perf_counter() - started)
         evaluation = sum(s * len(images) for s, images in zip(per_image, self.test_sets, strict=True))
+        evaluation /= distributed.world_size()
         hours = epochs * (step * self.loader.sampler.steps + evaluation) / 3600
         count = sum(parameter.numel() for parameter in self.model.parameters())
         return [

@@ -64,13 +64,25 @@ def _construct(network, sizes):
         raise InputError(str(error)) from None
 
 
-def load_model(path, name="SMSR", **sizes):
+def load_model(path, name=None, **sizes):
     """The network in a weights file, in eval mode on the CPU. Raises InputError.
 
-    Sizes are read from the shapes of the weights. What no shape tells (rgb_range, EDSR's res_scale) is as in
+    Which network it is (unless `name` tells) and its sizes are read from the shapes of the weights. What no shape tells (rgb_range, EDSR's res_scale) is as in
     training: give it in `sizes` where it is not the default.
     """
-    return build_model(name, read_weights(path), str(path), **sizes).eval()
+    state_dict = read_weights(path)
+    return build_model(name or _network_of(state_dict), state_dict, str(path), **sizes).eval()
+
+
+def _network_of(state_dict):
+    """The name of the network whose keys these are; SMSR if it is none."""
+    for name, network in MODELS.items():
+        try:
+            network.hyperparameters(network.translate(state_dict))
+        except (KeyError, IndexError, ValueError, AttributeError):
+            continue
+        return name
+    return "SMSR"
 
 
 def load_weights(model, state_dict, origin="the weights"):

@@ -262,7 +262,7 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     device, dtype = pick_device(args.device), PRECISIONS[args.precision]
-    model = load_model(args.pre_train).to(device, dtype, memory_format=CHANNELS_LAST)
+    model = load_model(args.pre_train, "SMSR").to(device, dtype, memory_format=CHANNELS_LAST)
     n_colors = model.mean.shape[1]
     edsr = build_model("EDSR", scale=model.scale, n_colors=n_colors).eval()
     edsr = edsr.to(device, dtype, memory_format=CHANNELS_LAST)

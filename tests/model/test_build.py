@@ -16,7 +16,7 @@ SIZES = {
 def test_sizes_are_read_from_the_weights(name, tmp_path):
     model = build_model(name, **SIZES[name]).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    loaded = load_model(tmp_path / "weights.pt", name)
+    loaded = load_model(tmp_path / "weights.pt")
     x = torch.rand(1, 1, 6, 6)
     assert torch.equal(loaded(x), model(x))
     assert MODELS[name].hyperparameters(model.state_dict()) == SIZES[name]
