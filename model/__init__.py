@@ -67,8 +67,8 @@ def _construct(network, sizes):
 def load_model(path, name=None, **sizes):
     """The network in a weights file, in eval mode on the CPU. Raises InputError.
 
-    Which network it is (unless `name` tells) and its sizes are read from the shapes of the weights. What no shape tells (rgb_range, EDSR's res_scale) is as in
-    training: give it in `sizes` where it is not the default.
+    Which network it is, unless `name` tells, and its sizes are read from the weights. What their shapes do not tell
+    (rgb_range, EDSR's res_scale) is as in training: give it in `sizes` where it is not the default.
     """
     state_dict = read_weights(path)
     return build_model(name or _network_of(state_dict), state_dict, str(path), **sizes).eval()
