@@ -1,0 +1,134 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import main
+from tools.report import _farthest
+from tools.report import main as report
+from utility import InputError
+
+
+@pytest.fixture
+def tested(tmp_path, monkeypatch, make_set, tiny):
+    """A run that was tested on two sets, with weights whose name HTML must escape."""
+    monkeypatch.chdir(tmp_path)
+    make_set("Set5", count=4, benchmark=True)
+    make_set("Tiny", count=2, benchmark=True)
+    torch.save(tiny.state_dict(), "w<b>.pt")
+    line = "--dir_data data --data_test Set5+Tiny --pre_train w<b>.pt --test_only --save_results --save_masks --save"
+    assert main.main([*line.split(), "mine"]) == 0
+    for name in ("psnr.png", "loss.png"):
+        shutil.copy("experiment/mine/results-Set5-x2/img0_x2_SR.png", f"experiment/mine/{name}")
+    return tmp_path / "experiment/mine"
+
+
+def test_markdown_has_our_rows_beside_the_published(tested):
+    report([str(tested)])
+    lines = (tested / "report.md").read_text().splitlines()
+    metrics = json.loads((tested / "results-Set5-x2/metrics.json").read_text())
+    assert lines[0] == "# Results: mine"
+    assert "| SMSR, the paper | 985K | 131.6 G | 59% |  |  | 38.00 / 0.9601 |  |" in lines
+    (ours,) = (line for line in lines if line.startswith("| mine (SMSR)"))
+    assert f"{metrics['psnr_y']:.2f} / {metrics['ssim_y']:.4f}" in ours
+    for image in metrics["images"]:
+        assert any(line.startswith(f"| {image['name']} | 20x24 | {image['psnr_y']:.2f} |") for line in lines)
+    assert any("--save_masks" in line and f"torch {torch.__version__}" in line for line in lines)
+
+
+def test_html_holds_all_it_shows_and_escapes_what_it_quotes(tested):
+    report([str(tested), "--output", "new"])
+    page = (tested.parents[1] / "new/report.html").read_text()
+    assert "w&lt;b&gt;.pt" in page
+    assert "<b>" not in page
+    assert page.count('class="slider"') == 3 + 2
+    assert page.count("module 2: density") == 3 + 2
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_several_runs_and_what_is_not_there(tested, capsys):
+    shutil.copytree(tested, tested.with_name("bare"))
+    for path in tested.with_name("bare").rglob("*.png"):
+        path.unlink()
+    report([str(tested.with_name("bare")), str(tested)])
+    text = (tested.with_name("bare") / "report.md").read_text()
+    assert "| bare (SMSR)" in text
+    assert "| mine (SMSR)" in text
+    page = (tested.with_name("bare") / "report.html").read_text()
+    assert page.count('class="slider"') == 3 + 2  # of the other
+
+
+def test_the_part_shown_is_the_one_farthest_off():
+    reference = np.zeros((50, 60, 3), np.uint8)
+    sr = reference.copy()
+    sr[30:34, 41:45] = 200
+    top, left = _farthest(sr, reference, 8)
+    assert 26 <= top <= 30
+    assert 37 <= left <= 41
+    assert _farthest(sr[:5, :6], reference[:5, :6], 8) == (0, 0)
+
+
+def test_mistakes_are_named(tested):
+    with pytest.raises(InputError, match="absent: no such folder"):
+        report(["absent"])
+    (tested.parent / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: holds no results"):
+        report(["experiment/empty"])
+    (tested / "results-Set5-x2/metrics.json").write_text('{"dataset": "Set5"}')
+    with pytest.raises(InputError, match=r"results-Set5-x2/metrics\.json: is broken"):
+        report([str(tested)])
+
+
+@pytest.fixture
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("needs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    for flag in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"):
+        options.add_argument(f"--{flag}")
+    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield browser
+    browser.quit()
+
+
+def test_in_a_browser_it_works_offline(tested, browser):
+    report([str(tested)])
+    address = (tested / "report.html").as_uri()
+    browser.set_window_size(400, 800)
+    browser.get(address)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")  # of a phone
+
+    slider = "document.querySelector('.slider')"
+    clip = f"return {slider}.querySelector('.right').style.clipPath"
+    assert "50%" in browser.execute_script(clip)
+    browser.execute_script(
+        f"const range = {slider}.querySelector('input'); range.value = 20; range.dispatchEvent(new Event('input'))"
+    )
+    assert "20%" in browser.execute_script(clip)
+    shown = f"return {slider}.querySelector('.right').src"
+    before = browser.execute_script(shown)
+    browser.execute_script(
+        f"const select = {slider}.parentElement.querySelectorAll('select')[1];"
+        "select.value = 'HR'; select.dispatchEvent(new Event('change'))"
+    )
+    assert browser.execute_script(shown) != before
+    assert browser.execute_script("return [...document.images].every(image => image.hidden || image.naturalWidth > 0)")
+
+    column = (
+        "return [...document.querySelectorAll('.sortable')[0].tBodies[0].rows].map(row => +row.cells[2].textContent)"
+    )
+    for order in (sorted, lambda values: sorted(values, reverse=True)):
+        browser.execute_script("document.querySelectorAll('.sortable th')[2].click()")
+        values = browser.execute_script(column)
+        assert values == order(values)
+    assert len(set(values)) > 1
+
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
+    assert {url for url in asked if not url.startswith("data:")} <= {address}
