@@ -63,11 +63,17 @@ def main(argv=None):
         if method != "hr":
             sr = upscale(lr, scale) if method == "bicubic" else _run(networks[method], lr)
             measured = compare(sr, hr, scale)
-            title = f"{Path(method).stem}\n{measured['psnr_y']:.2f} dB / {measured['ssim_y']:.4f}"
+            title = f"{_label(method)}\n{measured['psnr_y']:.2f} dB / {measured['ssim_y']:.4f}"
             print(title.replace("\n", ": "))
         panels.append((sr[y : y + height, x : x + width], title))
     write_whole(args.output, pictures.comparison(hr, args.crop, panels))
     print(f"written to {args.output}")
+
+
+def _label(method):
+    """The name of the run that weights lie in, or that of their file."""
+    path = Path(method)
+    return path.parent.parent.name if path.parent.name == "model" else path.stem
 
 
 def _run(model, lr):

@@ -1,3 +1,5 @@
+import shutil
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -26,9 +28,11 @@ def run(line):
 
 
 def test_methods_side_by_side(folder, capsys):
-    run("--crop 10,5,20,10 --methods bicubic edsr.pt smsr.pt hr")
+    (folder / "experiment/mine/model").mkdir(parents=True)
+    shutil.copy("smsr.pt", "experiment/mine/model/model_best.pt")
+    run("--crop 10,5,20,10 --methods bicubic edsr.pt smsr.pt experiment/mine/model/model_best.pt hr")
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in printed[:-1]] == ["bicubic", "edsr", "smsr"]
+    assert [line.split(":")[0] for line in printed[:-1]] == ["bicubic", "edsr", "smsr", "mine"]
     hr = iio.imread("hr.png")[:40]
     measured = compare(upscale(downscale(hr, 2), 2), hr, 2)
     assert printed[0] == f"bicubic: {measured['psnr_y']:.2f} dB / {measured['ssim_y']:.4f}"
