@@ -17,13 +17,12 @@ from data.image import write_png
 from evaluation import evaluate, table
 from loss import build_loss
 from model import build_model, read_weights
-from model.inference import needed_memory, self_ensemble
+from model.inference import build_run
 from trainer import Schedules, Trainer, build_optimizer
 from utility import (
     INTERRUPTED,
     Experiment,
     InputError,
-    free_memory,
     logger,
     pick_device,
     run_program,
@@ -126,13 +125,7 @@ def test(args, device):
         raise InputError("--test_only needs weights: give --pre_train FILE, or --load NAME for those of a run")
     model = make_model(args, read_weights(path), path)
     model = model.to(device, option.PRECISIONS[args.precision], memory_format=torch.channels_last)
-
-    def run(x):
-        chop = args.chop or lacks_memory(model, x)
-        return model.inference(x, mode=args.inference, tile=args.chop_size if chop else None)
-
-    if args.self_ensemble:
-        run = functools.partial(self_ensemble, run)
+    run = build_run(model, args.inference, args.chop, args.chop_size, args.self_ensemble)
     if "video" in args.data_test:
         return test_video(args, experiment, model, run, path)
     test_sets = build_test_sets(
@@ -164,16 +157,6 @@ def test_video(args, experiment, model, run, weights):
     write_options(folder / "options.json", vars(args), option.defaults())
     logger.info(f"{count} frames, without sound, written to {target}")
     return 0
-
-
-def lacks_memory(model, x):
-    needed, free = needed_memory(model, x), free_memory(x.device)
-    if needed > free:
-        logger.info(
-            f"{x.shape[2]}x{x.shape[3]} pixels need about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: "
-            "run in tiles, as with --chop; the result is the same"
-        )
-    return needed > free
 
 
 def save(args, set_name, folder, name, lr, sr, masks):

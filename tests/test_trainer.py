@@ -105,6 +105,15 @@ def test_one_and_one_epoch_are_bit_for_bit_two(build, loss):
     assert without_seconds(other.history) == without_seconds(whole.history)
 
 
+@pytest.fixture
+def one_thread():
+    """Sums are rounded alike only where as many threads share them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def train_on(data, folder, started):
     """What a process does that is going to be killed."""
     torch.set_num_threads(1)
@@ -119,7 +128,7 @@ def train_on(data, folder, started):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9")
-def test_killed_twenty_times_a_run_goes_on_from_its_last_checkpoint(build):
+def test_killed_twenty_times_a_run_goes_on_from_its_last_checkpoint(build, one_thread):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer", "data", "loss", "matplotlib.backends.backend_agg", "torch._dynamo"])
     data, folder = build.args

@@ -2,6 +2,8 @@ import errno
 import json
 import math
 import os
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from skimage.metrics import peak_signal_noise_ratio
 from utility import (
     Experiment,
     InputError,
+    free_memory,
+    in_parallel,
     logger,
     luma,
     pick_device,
@@ -190,3 +194,35 @@ def test_devices():
     for name in ("cuda:99", "nonsense"):
         with pytest.raises(InputError, match=f"--device {name}"):
             pick_device(name)
+
+
+def test_work_in_parallel_keeps_its_order_and_the_first_error_ends_it():
+    assert in_parallel(lambda value: value**2, [3, 1, 2], 3, "squares") == [9, 1, 4]
+    assert in_parallel(str, [], 2, "nothing") == []
+    done = []
+
+    def work(value):
+        if value == 1:
+            raise InputError("bad")
+        time.sleep(0.01)
+        done.append(value)
+
+    with pytest.raises(InputError, match="bad"):
+        in_parallel(work, [1, *range(2, 100)], 2, "numbers")
+    assert len(done) < 50
+
+
+def test_a_run_that_goes_on_removes_what_killed_ones_left(tmp_path):
+    experiment = Experiment("run", tmp_path)
+    left = [experiment.folder / ".checkpoint.pt.1.tmp", experiment.folder / "model/.model_best.pt.1.tmp"]
+    kept = [experiment.folder / "checkpoint.pt", experiment.folder / "results-Set5-x2/.img_x2_SR.png.2.tmp"]
+    for path in left + kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with experiment.alone():
+        assert [path.exists() for path in left + kept] == [False, False, True, True]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody tells")
+def test_free_memory_is_some_of_what_the_machine_has():
+    assert 2**20 < free_memory(torch.device("cpu")) < 2**50
