@@ -10,10 +10,11 @@ hardest opponent: all its pixels are important and all its channels dense, no ma
 features are joined only to be multiplied.
 
     dense       that network, as eager PyTorch in channels-last memory
+    plain       the same without our rewriting: as it is written, with concatenations
     sparse      --inference sparse of main.py: packed in every module
     auto        --inference auto: packed or dense, module by module
     edsr        EDSR-baseline, of the same scale
-    speedup     dense / auto
+    speedup     dense / auto; speedup_plain: plain / auto
     mac_ratio   multiply-adds of the dense network over those that the masks ask for: what would be possible
     efficiency  speedup / mac_ratio
     max_abs_diff  largest difference to the masked dense computation, of pixels in 0...255
@@ -52,6 +53,7 @@ from utility import InputError, pick_device, run_program, synchronize, write_jso
 
 SAMPLE = Path(__file__).resolve().parent.parent / "testsets/benchmark/Sample"
 CHANNELS_LAST = torch.channels_last
+MEANS = ("speedup", "speedup_plain", "mac_ratio", "efficiency")  # of which geometric means over the images are told
 
 
 def parse(argv=None):
@@ -77,6 +79,29 @@ def size(text):
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 360x640, height x width")
     return int(match[1]), int(match[2])
+
+
+class Plain(torch.nn.Module):
+    """The network of a trained SMSR with nothing masked, as it is written. Images in and out as for `Dense`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        model, (height, width) = self.model, x.shape[2:]
+        x = pad_to_multiple(x - model.mean, 2)
+        head = f = model.head(x)
+        modules = []
+        for block in model.blocks:
+            g, layers = f, []
+            for conv in block.convs:
+                g = F.relu(conv(g))
+                layers.append(g)
+            f = f + block.attention(block.collect(torch.cat(layers, 1)))
+            modules.append(f)
+        f = head + model.collect(torch.cat(modules, 1))
+        return model.reconstruct(f, x)[..., : height * model.scale, : width * model.scale]
 
 
 class Dense(torch.nn.Module):
@@ -171,24 +196,26 @@ def _status(field):
 @torch.inference_mode()
 def measure(model, edsr, x, repeats):
     """The numbers of the images x, without their name."""
-    dense = Dense(model)
     _, work = model.inference(x, "sparse")
     exact = model.masked_forward(x)
     difference = max((model.inference(x, mode)[0] - exact).abs().max().item() for mode in ("sparse", "auto"))
     runs = {
-        "dense": functools.partial(dense, x),
+        "dense": functools.partial(Dense(model), x),
+        "plain": functools.partial(Plain(model), x),
         "sparse": functools.partial(model.inference, x, "sparse"),
         "auto": functools.partial(model.inference, x, "auto"),
         "edsr": functools.partial(edsr, x),
     }
     times = timed(runs, x.device, repeats)
     ratio, speedup = work.macs_dense / work.macs, times["dense"] / times["auto"]
-    fresh = copy.deepcopy(model)  # without workspaces
+    fresh = copy.deepcopy(model)
+    fresh.inference(x[..., :2, :2], "sparse")  # a plan, and workspaces next to empty
     return {
         "lr_shape": list(x.shape[2:]),
         "mask_density": work.mask_density,
         **{f"{name}_ms": value for name, value in times.items()},
         "speedup": speedup,
+        "speedup_plain": times["plain"] / times["auto"],
         "mac_ratio": ratio,
         "efficiency": speedup / ratio,
         "max_abs_diff": difference,
@@ -199,16 +226,16 @@ def measure(model, edsr, x, repeats):
 
 def table(report):
     """The lines of a report."""
-    columns = ("dense_ms", "sparse_ms", "auto_ms", "edsr_ms", "speedup", "mac_ratio", "efficiency")
+    numbers = ("dense_ms", "plain_ms", "sparse_ms", "auto_ms", "edsr_ms", *MEANS)
     width = max(10, *(len(image["name"]) for image in report["images"]))
-    lines = [f"{'LR image':{width}} {'size':>10} {'density':>8}" + "".join(f" {column:>10}" for column in columns)]
+    lines = [f"{'LR image':{width}} {'size':>10} {'density':>8}" + "".join(f" {column:>13}" for column in numbers)]
     for image in report["images"]:
         height, breadth = image["lr_shape"]
         density = sum(image["mask_density"]) / len(image["mask_density"])
-        numbers = "".join(f" {image[column]:10.{1 if column.endswith('ms') else 2}f}" for column in columns)
-        lines.append(f"{image['name']:{width}} {f'{height}x{breadth}':>10} {density:8.2f}" + numbers)
-    means = [report[f"geomean_{column}"] for column in ("speedup", "mac_ratio", "efficiency")]
-    lines.append(f"{'geometric mean':{width + 64}}" + "".join(f" {mean:10.2f}" for mean in means))
+        row = "".join(f" {image[column]:13.{1 if column.endswith('ms') else 2}f}" for column in numbers)
+        lines.append(f"{image['name']:{width}} {f'{height}x{breadth}':>10} {density:8.2f}" + row)
+    means = "".join(f" {report[f'geomean_{column}']:13.2f}" for column in MEANS)
+    lines.append("geometric mean".ljust(len(lines[0]) - len(means)) + means)
     return lines
 
 
@@ -282,7 +309,7 @@ def main(argv=None):
         "batch": args.batch,
         "images": images,
     }
-    for column in ("speedup", "mac_ratio", "efficiency"):
+    for column in MEANS:
         report[f"geomean_{column}"] = math.exp(sum(math.log(image[column]) for image in images) / len(images))
     print("\n".join(table(report)))
     if args.json:

@@ -8,7 +8,7 @@ import torch
 
 from model.edsr import EDSR
 from model.smsr import SMSR
-from tools.benchmark import Dense, main, peak_mib, with_density
+from tools.benchmark import Dense, Plain, main, peak_mib, with_density
 from utility import InputError
 
 
@@ -23,12 +23,13 @@ def run(weights, *flags):
 
 
 @torch.no_grad()
-def test_the_dense_network_is_the_masked_one_where_all_is_important():
+@pytest.mark.parametrize("dense", [Dense, Plain])
+def test_the_dense_networks_are_the_masked_one_where_all_is_important(dense):
     model = SMSR(3, n_feats=8, n_blocks=3, n_layers=4).eval()
     x = torch.rand(2, 3, 7, 9) * 255
     for block in model.blocks:
         block.spatial_mask[-1].bias[1] += 1000
-    torch.testing.assert_close(Dense(model)(x), model.masked_forward(x), atol=1e-3, rtol=0)
+    torch.testing.assert_close(dense(model)(x), model.masked_forward(x), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 0.75, 1.0])
@@ -49,14 +50,14 @@ def test_report_holds_what_is_documented(tmp_path, weights, capsys):
     report = json.loads(out.read_text())
     assert list(report) == [
         "device", "precision", "threads", "torch", "batch", "images",
-        "geomean_speedup", "geomean_mac_ratio", "geomean_efficiency",
+        "geomean_speedup", "geomean_speedup_plain", "geomean_mac_ratio", "geomean_efficiency",
     ]  # fmt: skip
     assert (report["device"], report["precision"], report["torch"]) == ("cpu", "single", torch.__version__)
     assert [image["name"] for image in report["images"]] == ["a", "b"]
     for image in report["images"]:
         assert list(image) == [
-            "name", "lr_shape", "mask_density", "dense_ms", "sparse_ms", "auto_ms", "edsr_ms", "speedup", "mac_ratio",
-            "efficiency", "max_abs_diff", "peak_mib_dense", "peak_mib_sparse",
+            "name", "lr_shape", "mask_density", "dense_ms", "plain_ms", "sparse_ms", "auto_ms", "edsr_ms", "speedup",
+            "speedup_plain", "mac_ratio", "efficiency", "max_abs_diff", "peak_mib_dense", "peak_mib_sparse",
         ]  # fmt: skip
         assert image["speedup"] == pytest.approx(image["dense_ms"] / image["auto_ms"])
         assert image["efficiency"] == pytest.approx(image["speedup"] / image["mac_ratio"])
@@ -67,8 +68,8 @@ def test_report_holds_what_is_documented(tmp_path, weights, capsys):
     assert iio.imread(figure).shape[2] in (3, 4)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == [
-        "LR", "image", "size", "density", "dense_ms", "sparse_ms", "auto_ms", "edsr_ms", "speedup", "mac_ratio",
-        "efficiency",
+        "LR", "image", "size", "density", "dense_ms", "plain_ms", "sparse_ms", "auto_ms", "edsr_ms", "speedup",
+        "speedup_plain", "mac_ratio", "efficiency",
     ]  # fmt: skip
     assert printed[1].split()[:2] == ["a", "12x10"]
     assert printed[-1].startswith("geometric mean")
