@@ -7,10 +7,9 @@ import signal
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 from data import benchmark, demo, div2k
-from data.srdata import EpochSampler, Patches, WholeImages, collate
+from data.srdata import EpochSampler, Patches, PatchLoader, WholeImages
 from utility import InputError
 
 TRAIN, TEST = 0, 1
@@ -48,19 +47,16 @@ def build_train_loader(
     names, dir_data, scale, data_range=None, patch_size=96, augment=True, n_colors=3, ext="sep", seed=1,
     batch_size=16, steps=1000, n_threads=4, pin_memory=False, rank=0, world_size=1,
 ):  # fmt: skip
-    """A DataLoader of (LR, HR) uint8 patches, one epoch `steps` batches; see Patches and EpochSampler."""
+    """A PatchLoader, one epoch `steps` batches; see Patches and EpochSampler."""
     sets = [find_set(name, dir_data, scale) for name in names]
     sets = [_part_of(images, data_range, TRAIN) for images in sets]
     patches = Patches(sets, scale, patch_size, augment, n_colors, ext, seed, n_threads)
     sampler = EpochSampler(len(patches), steps, batch_size, seed, rank, world_size)
-    return DataLoader(
+    return PatchLoader(
         patches,
-        sampler.share,
-        sampler=sampler,
-        num_workers=n_threads,
-        collate_fn=collate,
-        persistent_workers=n_threads > 0,
-        pin_memory=pin_memory,
+        sampler,
+        n_threads,
+        pin_memory,
         worker_init_fn=_leave_interrupts_alone,
         generator=torch.Generator(),  # its own, so that iterating leaves the global random state alone
     )

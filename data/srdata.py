@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data import cache
 from data.image import image_size, read_image
@@ -124,12 +124,35 @@ class WholeImages(Dataset):
         return self.names[index], _to_tensor(lr), hr
 
 
-def collate(pairs):
-    """[(LR, HR)] -> LR (N, n_colors, P, P), HR (N, n_colors, sP, sP), in channels-last memory, as the items are."""
-    return [
-        default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-        for images in zip(*pairs, strict=True)
-    ]
+class PatchLoader(DataLoader):
+    """A DataLoader of `Patches`: LR (N, n_colors, P, P), HR (N, n_colors, sP, sP), uint8, in channels-last memory.
+
+    Batches come from the workers as arrays, by copy: to page in the shared memory that tensors would travel in takes
+    longer than all the rest.
+
+    Args:
+        patches, sampler: Patches and their EpochSampler
+        n_threads: worker processes, which persist; 0: none
+        pin: put batches into pinned memory, from where a GPU copies them by itself
+        options: of DataLoader
+    """
+
+    def __init__(self, patches, sampler, n_threads, pin=False, **options):
+        super().__init__(
+            patches, sampler.share, sampler=sampler, num_workers=n_threads, persistent_workers=n_threads > 0,
+            collate_fn=_stack, **options,
+        )  # fmt: skip
+        self.pin = pin
+
+    def __iter__(self):
+        for arrays in super().__iter__():
+            tensors = (torch.from_numpy(array) for array in arrays)
+            yield [(batch.pin_memory() if self.pin else batch).permute(0, 3, 1, 2) for batch in tensors]
+
+
+def _stack(pairs):
+    """[(LR, HR)], each (n_colors, H, W) in channels-last memory -> arrays (N, H, W, n_colors)."""
+    return [np.stack([image.permute(1, 2, 0).numpy() for image in images]) for images in zip(*pairs, strict=True)]
 
 
 def _turn(patch, flip_rows, flip_columns, transpose):

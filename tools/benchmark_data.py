@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import find_set
 from data.image import read_image
 from data.resize import downscale
-from data.srdata import EpochSampler, Patches, collate
+from data.srdata import EpochSampler, Patches, PatchLoader
 from option import Parser, count, positive_int
 from tools.benchmark import SAMPLE
 from tools.benchmark import size as image_size
@@ -97,15 +97,15 @@ def measure(args):
         sets = [find_set("Pairs", folder, SCALE)]
         loaders = {}
         for kind in KINDS:
+            sampler = EpochSampler(args.images, args.batches + 1, args.batch_size)
             if kind == "pickle":
-                patches = PickledImages(sets, SCALE, args.patch_size)
+                loaders[kind] = DataLoader(
+                    PickledImages(sets, SCALE, args.patch_size), args.batch_size, sampler=sampler,
+                    num_workers=args.n_threads, persistent_workers=args.n_threads > 0,
+                )  # fmt: skip
             else:
                 patches = Patches(sets, SCALE, args.patch_size, ext=kind, n_threads=args.n_threads)
-            sampler = EpochSampler(args.images, args.batches + 1, args.batch_size)
-            loaders[kind] = DataLoader(
-                patches, args.batch_size, sampler=sampler, num_workers=args.n_threads,
-                collate_fn=None if kind == "pickle" else collate, persistent_workers=args.n_threads > 0,
-            )  # fmt: skip
+                loaders[kind] = PatchLoader(patches, sampler, args.n_threads)
         speeds = {kind: [] for kind in KINDS}
         for _ in tqdm(range(args.rounds), desc="rounds", leave=False):
             for kind, loader in loaders.items():

@@ -61,7 +61,7 @@ def make(args):
     root = args.out / "benchmark" / args.name if benchmark else args.out / args.name
     sources = _sources(args.hr)
     multiple = math.lcm(*args.scales)
-    least = multiple if benchmark else max(multiple, args.min_size)
+    least = multiple if benchmark else -(-args.min_size // multiple) * multiple  # that remains after cropping
     prepare = functools.partial(_prepare, root=root, scales=args.scales, multiple=multiple, least=least)
     if not benchmark:
         prepare = functools.partial(_or_reason, prepare)

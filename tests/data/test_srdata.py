@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data import build_train_loader, find_set
-from data.srdata import EpochSampler, Patches, _turn, collate
+from data.srdata import EpochSampler, Patches, PatchLoader, _turn
 from utility import InputError
 
 
@@ -71,10 +71,13 @@ def test_turns_are_those_of_numpy(n_colors, flags):
 
 
 @pytest.mark.parametrize("n_colors", [1, 3])
-def test_a_batch_is_its_items_in_channels_last_memory(make_set, n_colors):
+@pytest.mark.parametrize("n_threads", [0, 1])
+def test_a_batch_is_its_items_in_channels_last_memory(make_set, n_colors, n_threads):
     patches = patches_of(make_set(), n_colors=n_colors)
-    items = [patches[image, 1, image] for image in range(3)]
-    for batch, images in zip(collate(items), zip(*items, strict=True), strict=True):
+    sampler = EpochSampler(3, 1, 3)
+    items = [patches[key] for key in sampler]
+    (batches,) = PatchLoader(patches, sampler, n_threads=n_threads)
+    for batch, images in zip(batches, zip(*items, strict=True), strict=True):
         assert torch.equal(batch, torch.stack(images))
         assert batch.is_contiguous(memory_format=torch.channels_last)
 

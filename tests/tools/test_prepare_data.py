@@ -78,6 +78,15 @@ def test_what_cannot_serve_is_left_out_of_a_training_and_refused_in_a_benchmark(
         main(["benchmark", *line])
 
 
+def test_what_is_left_after_cropping_is_at_least_min_size(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for height in (23, 24):
+        Image.new("RGB", (24, height)).save(tmp_path / f"photos/{height}.png")
+    flags = ["--name", "Own", "--scales", "3", "4", "--min_size", "22", "--out", str(tmp_path)]
+    main(["train", "--hr", str(tmp_path / "photos"), *flags])
+    assert list(find_set("Own", tmp_path, 4).pairs) == ["24"]
+
+
 def test_every_kind_of_file_is_taken(tmp_path):
     folder = tmp_path / "kinds"
     folder.mkdir()
