@@ -112,6 +112,15 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
+def seconds_of(run, device):
+    """How long run() takes on the device."""
+    synchronize(device)
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
 def peak_memory(device):
     """The most memory this process had at a time, in bytes: that of the GPU, else its own; 0 where nobody tells."""
     if device.type == "cuda":

@@ -5,11 +5,13 @@ the former, with one thread), and the operator that compiled graphs use for line
 packed in advance, where PyTorch was built with it. So it is measured, once a dtype and number of threads.
 """
 
+import functools
 import threading
-import time
 
 import torch
 import torch.nn.functional as F
+
+from utility import seconds_of
 
 ROWS = 1024  # rows of the products that are measured, and that packed weights are arranged for
 _measuring = threading.Lock()
@@ -19,7 +21,7 @@ _quickest = {}
 def build_product(weight, bias=None, relu=False):
     """A function of rows (M, K) that returns rows @ weight.T + bias, (M, C'), without its negative values if `relu`.
 
-    weight: (C', K), bias: (C',) or None; later changes of theirs are not seen.
+    weight: (C', K), bias: (C',) or None
     """
     way = _linear if weight.device.type != "cpu" or not weight.numel() else quickest(weight.dtype)
     return way(weight.detach().contiguous(), bias, relu)
@@ -70,13 +72,7 @@ def _measured(dtype):
     for way in (_linear, _convolution, _packed_linear):
         try:
             run = way(weight, None, False)
-            seconds[way] = min(_seconds(run, rows) for _ in range(9))
+            seconds[way] = min(seconds_of(functools.partial(run, rows), rows.device) for _ in range(9))
         except (AttributeError, RuntimeError):  # PyTorch was built without it, or it does not take this dtype
             pass
     return min(seconds, key=seconds.get)
-
-
-def _seconds(run, rows):
-    started = time.perf_counter()
-    run(rows)
-    return time.perf_counter() - started

@@ -4,22 +4,23 @@ Indices, gathers and matrix products of what was gathered, with plain PyTorch op
 equals `SMSR.masked_forward` up to the order of summation. docs/sparse-inference.md tells the method with a figure.
 
 Features are maps of rows, C numbers a pixel, in the order of the pixels (N, H, W), which as an image (N, C, H, W) is
-the channels-last format. A map of P pixels has a row P more, of zeros: it stands for what lies outside the image.
+the channels-last format. A map of P pixels has a row P more: of zeros where it is read, of no interest where it is
+written. It stands for what lies outside the image.
 
 In the packed form a module gathers, layer by layer, the 3x3 neighbourhoods of its important pixels into rows,
 multiplies them by the weights and scatters the products. In the dense form nothing is gathered, and what the masks
 deny is multiplied by zero.
 """
 
+import functools
 import threading
-import time
 
 import torch
 import torch.nn.functional as F
 
 from model.common import Work, by_strips, conv_macs, strips
 from model.product import build_product
-from utility import InputError, synchronize
+from utility import InputError, seconds_of
 
 MODES = ("auto", "sparse", "dense")
 TILE = 180  # side of a tile on a CPU, where maps of more pixels leave the cache and the heap
@@ -341,15 +342,11 @@ def _measured_break_even(plan, like):
         column = torch.arange(128, device=like.device).expand(shape) % 32
     sparser, denser = column < 8, column < 24  # a quarter, three quarters
 
-    def seconds(run, mask):
-        synchronize(like.device)
-        started = time.perf_counter()
-        run(f, y, mask, 0, rows, space)
-        synchronize(like.device)
-        return time.perf_counter() - started
-
-    cases = ((plan._run_packed, sparser), (plan._run_packed, denser), (plan._run_dense, sparser))
-    times = [[seconds(*case) for case in cases] for _ in range(9)][2:]
+    cases = [
+        functools.partial(run, f, y, mask, 0, rows, space)
+        for run, mask in ((plan._run_packed, sparser), (plan._run_packed, denser), (plan._run_dense, sparser))
+    ]
+    times = [[seconds_of(case, like.device) for case in cases] for _ in range(9)][2:]
     quarter, three_quarters, dense = (min(column) for column in zip(*times, strict=True))
     return 0.25 + 0.5 * (dense - quarter) / max(three_quarters - quarter, 1e-9)  # packed time is linear in the share
 

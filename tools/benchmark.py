@@ -30,7 +30,6 @@ import importlib
 import math
 import re
 import sys
-import time
 from pathlib import Path
 
 import matplotlib
@@ -49,7 +48,7 @@ from model import build_model, load_model
 from model.common import pad_to_multiple
 from model.smsr import IMPORTANT, SPARSE
 from option import PRECISIONS, Parser, positive_int
-from utility import InputError, pick_device, run_program, synchronize, write_json
+from utility import InputError, pick_device, run_program, seconds_of, write_json
 
 SAMPLE = Path(__file__).resolve().parent.parent / "testsets/benchmark/Sample"
 CHANNELS_LAST = torch.channels_last
@@ -162,11 +161,7 @@ def timed(runs, device, repeats):
     for repeat in range(repeats):
         names = list(runs) if repeat % 2 == 0 else list(runs)[::-1]
         for name in names:
-            synchronize(device)
-            started = time.perf_counter()
-            runs[name]()
-            synchronize(device)
-            times[name].append(time.perf_counter() - started)
+            times[name].append(seconds_of(runs[name], device))
     return {name: float(np.median(values)) * 1e3 for name, values in times.items()}
 
 
