@@ -14,6 +14,7 @@ import glob
 import io
 
 import numpy as np
+import torch
 
 from data.image import read_image
 from utility import InputError, in_parallel, remove_unfinished, write_whole
@@ -47,9 +48,17 @@ def open_image(source, n_colors=3):
 @functools.cache  # to map a file takes longer than to read a patch of it
 def _mapped(path):
     try:
-        return np.load(path, mmap_mode="r")
-    except (ValueError, EOFError):
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, _ = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+        # numpy's own maps would each keep a file open, of which systems often allow 1024.
+        content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
+        image = content[start:].reshape(shape)
+    except ValueError:
         raise InputError(f"{path}: is broken; --ext sep_reset makes it anew") from None
+    image.flags.writeable = False
+    return image
 
 
 def _cached(path, root, n_colors, anew):

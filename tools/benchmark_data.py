@@ -3,8 +3,8 @@
     python tools/benchmark.py data
 
 Pairs as large as those of DIV2K are made in a temporary folder, mirrored from a photograph. Each kind is read in
-turns, by a DataLoader as main.py's; the numbers are medians of the rounds. Before the clock starts the files were read
-once, so the system's page cache holds them.
+turns, by a DataLoader as main.py's, for --seconds a round; the numbers are medians of the rounds. Before the clock
+starts the files were read once, so the system's page cache holds them.
 
     pickle  the baseline: whole images, unpickled for every patch, which leaves its worker as float32 planes
     img     PNG files, decoded for every patch
@@ -28,13 +28,14 @@ from data import find_set
 from data.image import read_image
 from data.resize import downscale
 from data.srdata import EpochSampler, Patches, PatchLoader
-from option import Parser, count, positive_int
+from option import Parser, count, positive_float, positive_int
 from tools.benchmark import SAMPLE
 from tools.benchmark import size as image_size
 from utility import write_json
 
 KINDS = ("pickle", "img", "sep", "bin")
 SCALE = 2
+WARM_UP = 8  # batches of the first round, which tells how many the others need
 
 
 def parse(argv):
@@ -44,7 +45,7 @@ def parse(argv):
     parser.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels")
     parser.add_argument("--batch_size", type=positive_int, default=16)
     parser.add_argument("--n_threads", type=count, default=1, help="processes that read")
-    parser.add_argument("--batches", type=positive_int, default=8, help="of a round")
+    parser.add_argument("--seconds", type=positive_float, default=2, help="of a round")
     parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     return parser.parse_args(argv)
@@ -97,7 +98,7 @@ def measure(args):
         sets = [find_set("Pairs", folder, SCALE)]
         loaders = {}
         for kind in KINDS:
-            sampler = EpochSampler(args.images, args.batches + 1, args.batch_size)
+            sampler = EpochSampler(args.images, WARM_UP, args.batch_size)
             if kind == "pickle":
                 loaders[kind] = DataLoader(
                     PickledImages(sets, SCALE, args.patch_size), args.batch_size, sampler=sampler,
@@ -107,14 +108,20 @@ def measure(args):
                 patches = Patches(sets, SCALE, args.patch_size, ext=kind, n_threads=args.n_threads)
                 loaders[kind] = PatchLoader(patches, sampler, args.n_threads)
         speeds = {kind: [] for kind in KINDS}
-        for _ in tqdm(range(args.rounds), desc="rounds", leave=False):
+        for _ in tqdm(range(args.rounds + 1), desc="rounds", leave=False):
             for kind, loader in loaders.items():
-                batches = iter(loader)
-                next(batches)  # the workers are up
-                started = time.perf_counter()
-                n_patches = sum(len(lr) for lr, _ in batches)
-                speeds[kind].append(n_patches / (time.perf_counter() - started))
-    return {kind: statistics.median(values) for kind, values in speeds.items()}
+                speed = _speed(loader)
+                speeds[kind].append(speed)
+                loader.sampler.steps = max(WARM_UP, round(args.seconds * speed / args.batch_size))
+    return {kind: statistics.median(values[1:]) for kind, values in speeds.items()}
+
+
+def _speed(loader):
+    """Patches a second, of all batches but the first, with which the workers are up."""
+    batches = iter(loader)
+    next(batches)
+    started = time.perf_counter()
+    return sum(len(lr) for lr, _ in batches) / (time.perf_counter() - started)
 
 
 def main(argv):

@@ -25,14 +25,34 @@ def test_every_kind_gives_the_same_pixels(paths, kind):
         assert np.array_equal(cache.open_image(source), read_image(path))
 
 
-def test_sep_is_memory_mapped_and_kept(paths):
+def test_sep_is_kept(paths):
     root = paths[0].parents[1]
     first = cache.prepare(paths, root, "sep")
-    assert isinstance(cache.open_image(first[0]), np.memmap)
     assert first[0].parent == root / "bin/HR"
     times = [source.stat().st_mtime_ns for source in first]
     assert cache.prepare(paths, root, "sep") == first
     assert [source.stat().st_mtime_ns for source in first] == times
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux tells what is mapped and open")
+def test_sep_is_mapped_without_keeping_files_open(paths):
+    before = len(os.listdir("/proc/self/fd"))
+    sources = cache.prepare(paths, paths[0].parents[1], "sep")
+    images = [cache.open_image(source) for source in sources]
+    assert len(os.listdir("/proc/self/fd")) == before
+    with open("/proc/self/maps") as maps:
+        mapped = maps.read()
+    assert all(str(source) in mapped for source in sources)
+    with pytest.raises(ValueError, match="read-only"):
+        images[0][0] = 0
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, 150])
+def test_a_cached_file_cut_short_is_named(paths, size):
+    (source, *_) = cache.prepare(paths, paths[0].parents[1], "sep")
+    os.truncate(source, size)
+    with pytest.raises(InputError, match="--ext sep_reset"):
+        cache.open_image(source)
 
 
 def test_sep_reset_makes_anew(paths):
