@@ -9,7 +9,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from utility import InputError, logger
+from utility import InputError, logger, pick_device
 
 
 def is_launched():
@@ -17,19 +17,25 @@ def is_launched():
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def start(device):
-    """Meet the other processes; each takes a GPU of its machine where `device` is cuda. Returns its device."""
+def start(name):
+    """Meet the other processes, if there are any. Returns the device `name` (see utility.pick_device) of this one.
+
+    Each process takes a GPU of its machine where `name` is cuda, or auto and there are GPUs. Raises InputError.
+    """
     if not is_launched():
-        return device
-    if device.type == "cuda":
+        return pick_device(name)
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
             raise InputError(
                 f"--nproc_per_node: process {local_rank + 1} on a machine with {torch.cuda.device_count()} GPUs; "
                 "start as many as there are"
             )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+        name = f"cuda:{local_rank}"
+        torch.cuda.set_device(local_rank)
+    elif name.startswith("cuda"):
+        raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; take --device cuda")
+    device = pick_device(name)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if is_helper():
         logger.setLevel("ERROR")

@@ -12,6 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import distributed
 import option
 import pictures
+import watch
 from data import build_test_sets, build_train_loader
 from data.image import write_png
 from evaluation import evaluate, table
@@ -24,14 +25,12 @@ from utility import (
     Experiment,
     InputError,
     logger,
-    pick_device,
     run_program,
     write_json,
     write_options,
     write_whole,
 )
 from video import upscale_video
-from watch import Board
 
 
 def main(argv=None):
@@ -42,7 +41,7 @@ def main(argv=None):
         stored = Experiment(args.load).load_options()
         args = option.parse(argv, stored)
     torch.manual_seed(args.seed)
-    device = distributed.start(pick_device(args.device))
+    device = distributed.start(args.device)
     try:
         return test(args, device) if args.test_only else train(args, stored, device)
     finally:
@@ -51,6 +50,8 @@ def main(argv=None):
 
 def train(args, stored, device):
     deadline = time.monotonic() + args.time_limit * 60
+    if args.tensorboard:
+        watch.check_installed()
     experiment = Experiment(args.save)
     state = experiment.load_checkpoint() if args.load else None
     if state is None and not args.dry_run:
@@ -96,7 +97,7 @@ def train(args, stored, device):
             experiment.start(args.reset)
     with experiment.alone(), experiment.logging(), logging_redirect_tqdm():
         if args.tensorboard:
-            trainer.board = Board(experiment.folder, args.images_every)
+            trainer.board = watch.Board(experiment.folder, args.images_every)
         origin = {key: stored[key] for key in ("pre_train", "template") if key in stored}
         write_options(experiment.folder / "options.json", {**vars(args), **origin}, option.defaults())
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -113,7 +114,7 @@ def train(args, stored, device):
 
 def exit_code(finished, deadline):
     """Stopped in time is success: torchrun and batch systems would report anything else as a failure."""
-    return 0 if finished or time.monotonic() > deadline else INTERRUPTED
+    return 0 if distributed.any_rank(finished or time.monotonic() > deadline) else INTERRUPTED
 
 
 def test(args, device):
@@ -152,7 +153,8 @@ def test_video(args, experiment, model, run, weights):
     folder = experiment.start_results("video", args.scale, args.reset)
     parameter = next(model.parameters())
     target = folder / f"{clip.stem}_x{args.scale}_SR.mp4"
-    key = Path(weights).read_bytes() + repr((args.precision, args.self_ensemble)).encode()
+    settings = (args.precision, args.self_ensemble, args.rgb_range, args.n_colors, args.res_scale)
+    key = Path(weights).read_bytes() + repr(settings).encode()
     count = upscale_video(run, clip, target, args.n_colors, args.rgb_range, parameter.device, parameter.dtype, key)
     write_options(folder / "options.json", vars(args), option.defaults())
     logger.info(f"{count} frames, without sound, written to {target}")

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import re
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,7 @@ OF_MODELS = (
     "model", "scale", "n_feats", "n_blocks", "n_layers", "n_resblocks", "res_scale", "n_colors", "rgb_range",
 )  # fmt: skip
 OF_1000_EPOCHS = {"decay": [200], "tau_epochs": 500, "lambda_warmup": 50}  # the paper's schedules
+OnOff = argparse.BooleanOptionalAction  # a run that goes on may do without
 PRECISIONS = {"single": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -54,14 +56,15 @@ def parse(argv=None, stored=None):
     if first.template:
         parser.set_defaults(**TEMPLATES[first.template])
     if stored:
-        known = {action.dest for action in parser._actions}
-        parser.set_defaults(**{key: value for key, value in stored.items() if key in known - OF_ONE_CALL})
+        taken_over = {action.dest for action in parser._actions} - OF_ONE_CALL
+        if first.test_only:
+            taken_over.remove("precision")  # that of a training is not meant for the whole network
+        parser.set_defaults(**{key: value for key, value in stored.items() if key in taken_over})
     args = parser.parse_args(argv)
     for key in OF_MODELS:
-        if stored and stored.get(key) not in (None, getattr(args, key)):
-            raise InputError(
-                f"--{key} {getattr(args, key)}: the run has {stored[key]}; leave it out, or start another run"
-            )
+        if stored and key in stored and stored[key] != getattr(args, key):
+            found = "the network's own" if stored[key] is None else stored[key]
+            raise InputError(f"--{key} {getattr(args, key)}: the run has {found}; leave it out, or start another run")
     _scale_schedules(args)
     _check(args)
     return args
@@ -148,7 +151,7 @@ def build_parser():
         "--precision", choices=PRECISIONS, default="single",
         help="numbers of the network in a test; in a training of its convolutions",
     )  # fmt: skip
-    group.add_argument("--compile", action="store_true", help="compile the network for training (torch.compile)")
+    group.add_argument("--compile", action=OnOff, default=False, help="compile the training (torch.compile)")
 
     group = parser.add_argument_group("training")
     group.add_argument("--reset", action="store_true", help="delete what the run --save left before")
@@ -188,7 +191,9 @@ def build_parser():
     group.add_argument("--time_limit", type=positive_float, default=math.inf, metavar="MINUTES",
                        help="stop in time with everything saved")  # fmt: skip
     group.add_argument(
-        "--dry_run", action="store_true", help="take some steps, run an image, write nothing, say what a run takes"
+        "--dry_run",
+        action="store_true",
+        help="take some steps, run an image, write nothing but the cache (--ext), say what a run takes",
     )
 
     group = parser.add_argument_group("testing")
@@ -206,9 +211,9 @@ def build_parser():
     group.add_argument("--load", default="", help="run to go on with; its options are the defaults")
     group.add_argument("--resume", type=int, default=0,
                        help="with --load --test_only: 0 its best weights, -1 the latest, N of epoch N")  # fmt: skip
-    group.add_argument("--save_models", action="store_true", help="keep the weights of every epoch")
+    group.add_argument("--save_models", action=OnOff, default=False, help="keep the weights of every epoch")
     group.add_argument("--print_every", type=positive_int, default=10, help="batches between two looks at the loss")
-    group.add_argument("--tensorboard", action="store_true", help="write experiment/NAME/tensorboard, too")
+    group.add_argument("--tensorboard", action=OnOff, default=False, help="write experiment/NAME/tensorboard, too")
     group.add_argument(
         "--images_every", type=positive_int, default=10, help="epochs between two images of --tensorboard"
     )
@@ -319,6 +324,13 @@ def ranges(text):
     if len(spans) != 2 or any(len(span) != 2 or span[0] > span[1] for span in spans):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1-800/801-810")
     return spans
+
+
+def png(text):
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a .png file")
+    return path
 
 
 def _number(text, kind, accepted, wanted):

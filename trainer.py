@@ -21,6 +21,7 @@ from tqdm import tqdm
 import distributed
 from evaluation import evaluate, headline
 from loss.sparsity import active_shares
+from model.inference import build_run
 from utility import InputError, logger, peak_memory, synchronize
 
 # ---- schedules, functions of the epoch 1, 2, ... ---------------------------------------------------------------------
@@ -92,8 +93,9 @@ class TrainingForward(nn.Module):
 class Trainer:
     """Trains a model and keeps what it takes to go on from any epoch, or from the middle of one.
 
-    No step waits for the device: what is looked at is summed there, and read every `print_every` steps. A step with a
-    loss or gradient that is not finite changes nothing; the device decides that, too.
+    No step waits for the device (but with RMSprop in float16): what is looked at is summed there, and read every
+    `print_every` steps. A step with a loss or gradient that is not finite changes no weights; the device decides that,
+    too.
 
     Where several processes run, each trains on its share of every batch, and that of rank 0 writes.
 
@@ -254,7 +256,9 @@ class Trainer:
                     sr, masks = self.forward(lr, tau)
                 loss, losses = self.criterion(sr.float(), hr)
                 shares = active_shares(masks) if masks else loss.new_ones(1)
-                loss = (loss + lambda_ * shares.mean()) * share
+                if masks:
+                    loss = loss + lambda_ * shares.mean()
+                loss = loss * share
                 parts = [part * share for part in losses.values()]
                 sums = sums + torch.stack([loss, *parts, *shares * share]).detach()
                 if last:  # a gradient of NaN is how to have the step skipped
@@ -288,7 +292,8 @@ class Trainer:
         return self.forward.no_sync() if distributed.world_size() > 1 else contextlib.nullcontext()
 
     def _largest_loss(self):
-        return self.skip_threshold * abs(self.history[-1]["loss"]) if self.history else math.inf
+        losses = (abs(row["loss"]) for row in reversed(self.history))
+        return self.skip_threshold * next(filter(math.isfinite, losses), math.inf)
 
     def _finish_epoch(self):
         lr, tau, lambda_ = self.schedules.at(self.epoch)
@@ -301,7 +306,7 @@ class Trainer:
         )
         for images in self.test_sets:
             for model, suffix in ((self.model, ""), *([(self.ema.module, "_ema")] if self.ema else [])):
-                metrics = evaluate(model, images, rgb_range=self.rgb_range, warm_up=False)
+                metrics = evaluate(model, images, build_run(model), self.rgb_range, warm_up=False)
                 psnr_name, psnr_mean = headline(metrics)
                 row[f"{psnr_name}_{images.name}{suffix}"] = psnr_mean
                 row[f"ssim_y_{images.name}{suffix}"] = metrics["ssim_y"]
@@ -332,7 +337,8 @@ class Trainer:
 
     def _is_best(self, suffix):
         name = next(key for key in self.history[-1] if key.startswith("psnr")) + suffix
-        return all(self.history[-1][name] > row.get(name, -math.inf) for row in self.history[:-1])
+        former = [row[name] for row in self.history[:-1] if not math.isnan(row.get(name, math.nan))]
+        return not former or self.history[-1][name] > max(former)
 
     def _to_input(self, images):
         images = images.to(self.device, non_blocking=True)
@@ -354,7 +360,8 @@ class Trainer:
         self.names.append("grad_norm")
         sums = torch.where(good, torch.cat([sums, torch.stack([norm, torch.ones_like(norm)])]), 0)
         self.sums = sums if self.sums is None else self.sums + sums
-        self.bad = torch.where(good, self.bad * self.bad.new_tensor([1, 0]), self.bad + 1)
+        missed = (~good).float()
+        self.bad = torch.stack([self.bad[0] + missed, (self.bad[1] + 1) * missed])
 
     def _look(self):
         """The means up to now; waits for the device. Raises InputError if too many steps in a row were skipped."""
@@ -400,7 +407,7 @@ class Trainer:
                 "ema": self.ema.state_dict() if self.ema else None,
                 "optimizer": self.optimizer.state_dict(),
                 "optimizer_name": type(self.optimizer).__name__,
-                "scaler": self.scaler.state_dict(),
+                "scaler": self.scaler.state_dict() if self.precision == torch.float16 else None,
                 "criterion": self.criterion.learned_state(),
                 "epoch": self.epoch,
                 "step": self.step,
@@ -434,6 +441,7 @@ class Trainer:
         self.names, self.seconds, self.mask_histogram = state["names"], state["seconds"], state["mask_histogram"]
         self.sums = None if state["sums"] is None else state["sums"].to(self.device)
         self.bad = state["bad"].to(self.device)
+        self._bad_told = int(self.bad[0])
 
     @contextlib.contextmanager
     def _failures_told(self):
@@ -455,25 +463,25 @@ class Trainer:
 
     @contextlib.contextmanager
     def _stop_on_interrupt(self):
-        """Within, the first Ctrl-C or SIGTERM lets the step in progress end; a second one acts at once."""
+        """Within, Ctrl-C or SIGTERM lets the step in progress end; Ctrl-C once more acts at once.
+
+        Not so SIGTERM: torchrun hands on that which each process got from the batch system already.
+        """
         signals = (signal.SIGINT, signal.SIGTERM)
         former = {number: signal.getsignal(number) for number in signals}
 
-        def restore():
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
         def stop(*_):
             self._stop = True
-            restore()
-            os.write(2, b"\nstopping after this step or evaluation; once more stops at once\n")  # a logger may be busy
+            signal.signal(signal.SIGINT, former[signal.SIGINT])
+            os.write(2, b"\nstopping after this step or evaluation; Ctrl-C stops at once\n")  # a logger may be busy
 
         for number in signals:
             signal.signal(number, stop)
         try:
             yield
         finally:
-            restore()
+            for number, handler in former.items():
+                signal.signal(number, handler)
 
 
 def mask_histogram(masks):

@@ -134,12 +134,28 @@ def peak_memory(device):
 def free_memory(device):
     """Bytes that a process can still have on a device; inf where nobody tells."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return math.inf
+    return min(free, _free_in_cgroup())
+
+
+def _free_in_cgroup():
+    """What the limits of a container or a batch job leave (cgroup v2); what files fill of it can be had, too."""
+    root, free = Path("/sys/fs/cgroup"), math.inf
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        group = root / next(line for line in lines if line.startswith("0::"))[3:].lstrip("/")
+        for folder in (group, *group.parents):
+            if (folder / "memory.max").is_file() and (limit := (folder / "memory.max").read_text().strip()) != "max":
+                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / "memory.current").read_text()) - int(counts["inactive_file"])
+                free = min(free, int(limit) - used)
+    return free
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -207,8 +223,9 @@ def write_whole(path, content):
 def remove_unfinished(folder, seconds=0.0):
     """Remove what killed processes left of `write_whole` in a folder, as long as it is older than so many seconds."""
     for left in Path(folder).glob(".*.tmp"):
-        if time.time() - left.stat().st_mtime >= seconds:
-            left.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # its writer was not dead
+            if time.time() - left.stat().st_mtime >= seconds:
+                left.unlink()
 
 
 def write_json(path, value):
@@ -230,6 +247,18 @@ def save_torch(path, value):
     buffer = io.BytesIO()
     torch.save(value, buffer)
     write_whole(path, buffer.getvalue())
+
+
+_locks = set()  # descriptors of folders that this process has locked
+
+
+def _let_go_of_locks():
+    for descriptor in _locks:
+        os.close(descriptor)
+
+
+if fcntl:  # else a process that is forked holds them, too, and outlives the one that was killed
+    os.register_at_fork(after_in_child=_let_go_of_locks)
 
 
 class Experiment:
@@ -270,7 +299,9 @@ class Experiment:
         with contextlib.ExitStack() as stack:
             if fcntl and self.folder.is_dir():
                 folder = os.open(self.folder, os.O_RDONLY)
+                _locks.add(folder)
                 stack.callback(os.close, folder)
+                stack.callback(_locks.remove, folder)
                 try:
                     fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
                 except BlockingIOError:

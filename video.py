@@ -1,5 +1,6 @@
 """Upscale a video through OpenCV, frame by frame, so that memory does not grow with its length."""
 
+import glob
 import hashlib
 import math
 import os
@@ -19,6 +20,8 @@ cv2.setLogLevel(0)
 
 def upscale_video(run, path, target, n_colors=3, rgb_range=255, device=None, dtype=torch.float32, key=b""):
     """Write the video `target`, an .mp4, with the frame rate of `path` and without its sound.
+
+    Codecs halve the resolution of colors: of an odd height or width the last line is repeated.
 
     Finished frames are kept as PNG files in a folder beside `target` until the video is whole; called again after an
     interruption, with the same video and `key`, it goes on behind the last of them.
@@ -42,7 +45,9 @@ def upscale_video(run, path, target, n_colors=3, rgb_range=255, device=None, dty
         while clip.grab():
             frame = frames / f"{count:06}.png"
             if not frame.exists():
-                _, image = clip.retrieve()
+                decoded, image = clip.retrieve()
+                if not decoded:
+                    raise InputError(f"--dir_demo {path}: frame {count} cannot be decoded; what is done stays done")
                 write_png(frame, _upscale(run, image, n_colors, rgb_range, device, dtype))
             count += 1
             bar.update()
@@ -51,7 +56,10 @@ def upscale_video(run, path, target, n_colors=3, rgb_range=255, device=None, dty
         frames.rmdir()
         raise InputError(f"--dir_demo {path}: holds no frames that can be decoded")
     _encode([frames / f"{index:06}.png" for index in range(count)], target, rate)
-    shutil.rmtree(frames)
+    for frames in target.parent.glob(f".{glob.escape(target.name)}.*"):  # those of other settings, too
+        shutil.rmtree(frames)
+    for unfinished in target.parent.glob(f".{glob.escape(target.stem)}.*.tmp{target.suffix}"):  # of killed processes
+        unfinished.unlink()
     return count
 
 
@@ -71,7 +79,7 @@ def _upscale(run, image, n_colors, rgb_range, device, dtype):
 
 def _encode(frames, target, rate):
     """PNG files -> a video, which appears when it is whole."""
-    height, width = read_image(frames[0]).shape[:2]
+    height, width = (length + length % 2 for length in read_image(frames[0]).shape[:2])
     unfinished = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
     writer = cv2.VideoWriter(
         str(unfinished), cv2.VideoWriter_fourcc(*CODEC), rate if 0 < rate < math.inf else 25.0, (width, height)
@@ -80,7 +88,9 @@ def _encode(frames, target, rate):
         if not writer.isOpened():
             raise InputError(f"{target}: OpenCV cannot write a {CODEC} video of {width}x{height} pixels here")
         for frame in tqdm(frames, desc=f"write {target.name}", unit="frame", leave=False):
-            writer.write(cv2.cvtColor(read_image(frame), cv2.COLOR_RGB2BGR))
+            image = cv2.cvtColor(read_image(frame), cv2.COLOR_RGB2BGR)
+            bottom, right = height - image.shape[0], width - image.shape[1]
+            writer.write(cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REPLICATE))
         writer.release()
         _check_whole(unfinished, target, len(frames))
         os.replace(unfinished, target)

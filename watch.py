@@ -1,12 +1,20 @@
 """Show a training in TensorBoard (--tensorboard): the numbers of log.csv, and images."""
 
+import importlib.util
+
 import torch
 
 from utility import InputError
 
 
+def check_installed():
+    """Raise InputError where the tensorboard package is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard: the package is not installed; pip install tensorboard")
+
+
 class Board:
-    """Writes <folder>/tensorboard. Raises InputError where the tensorboard package is not installed.
+    """Writes <folder>/tensorboard.
 
     Args:
         folder: of the run
@@ -14,10 +22,8 @@ class Board:
     """
 
     def __init__(self, folder, images_every=10):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError("--tensorboard: the package is not installed; pip install tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter  # an optional package
+
         self.writer = SummaryWriter(folder / "tensorboard")
         self.images_every = images_every
 
@@ -43,6 +49,3 @@ class Board:
         self.writer.add_image(f"{name}/HR", hr, epoch, dataformats="HWC")
         for k, mask in enumerate(work.masks):
             self.writer.add_image(f"{name}/mask {k + 1}", mask[0].float(), epoch)
-
-    def close(self):
-        self.writer.close()

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -81,8 +82,17 @@ def _part_of(images, data_range, part):
 
 
 def _leave_interrupts_alone(_):
-    """Ctrl-C is for the main process, which saves and then ends its workers."""
+    """Ctrl-C, and a SIGTERM to all processes of a job, are for the main process: it saves, then ends its workers."""
     if os.name == "posix":
         os.setpgid(0, 0)
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

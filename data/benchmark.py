@@ -32,19 +32,32 @@ def pair_up(hr_folder, lr_folder, scale, maker):
     hr_images = list_images(hr_folder)
     if not lr_folder.is_dir():
         raise InputError(f"{lr_folder}: the LR images at x{scale} are missing; make them with: {maker}")
-    lr_images = list_images(lr_folder)
-    pairs = {}
-    for name, hr in hr_images.items():
-        lr = lr_images.get(name) or lr_images.get(f"{name}x{scale}")
-        if lr is None:
-            raise InputError(f"{hr}: has no LR image in {lr_folder}; make it with: {maker}")
-        pairs[name] = (hr, lr)
-    alone = set(lr_images.values()) - {lr for _, lr in pairs.values()}
-    if alone:
-        raise InputError(f"{min(alone)}: has no HR image in {hr_folder}; remove one or add the other")
+    pairs, hr_alone, lr_alone = match(hr_images, list_images(lr_folder), scale)
+    if hr_alone:
+        raise InputError(f"{hr_alone[0]}: has no LR image in {lr_folder}; make it with: {maker}")
+    if lr_alone:
+        raise InputError(f"{lr_alone[0]}: has no HR image in {hr_folder}; remove one or add the other")
     for hr, lr in pairs.values():
         check_sizes(hr, lr, scale)
     return pairs
+
+
+def match(hr_images, lr_images, scale):
+    """{name: path} of HR and of LR images -> {name: (HR path, LR path)}, HR paths that are alone, LR paths alone."""
+    pairs, hr_alone, left = {}, [], dict(lr_images)
+    for name, hr in hr_images.items():
+        lr = next((left.pop(lr_name) for lr_name in lr_names(name, scale, hr_images) if lr_name in left), None)
+        if lr is None:
+            hr_alone.append(hr)
+        else:
+            pairs[name] = (hr, lr)
+    return pairs, hr_alone, list(left.values())
+
+
+def lr_names(name, scale, hr_names):
+    """The names that the LR image of an HR image may have, unless another HR image has them."""
+    suffixed = f"{name}x{scale}"
+    return [name] if suffixed in hr_names else [name, suffixed]
 
 
 def check_sizes(hr, lr, scale):

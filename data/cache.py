@@ -45,7 +45,7 @@ def open_image(source, n_colors=3):
     return read_image(source, n_colors)
 
 
-@functools.cache  # to map a file takes longer than to read a patch of it
+@functools.lru_cache(maxsize=16384)  # to map a file takes longer than to read a patch; Linux allows 65530 maps
 def _mapped(path):
     try:
         with open(path, "rb") as file:
@@ -73,7 +73,7 @@ def _cached(path, root, n_colors, anew):
             write_whole(cached, content.getvalue())
             for old in folder.glob(f"{glob.escape(stem)}.*.npy"):
                 if old != cached:
-                    old.unlink()
+                    old.unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"{cached}: cannot be written ({error.strerror}); --ext img needs no cache") from None
     return cached

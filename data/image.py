@@ -79,6 +79,8 @@ def _open(path):
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: is larger than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels; cut it") from None
     except Exception as error:  # decoders raise nearly anything on a broken file
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: is no image, or broken or cut off ({reason}); remove or replace it") from None

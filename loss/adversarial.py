@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 import distributed
 
@@ -23,7 +24,7 @@ class Discriminator(nn.Sequential):
             width = n_feats * 2 ** (depth // 2)
             layers.append(nn.Conv2d(channels, width, 3, stride=1 + depth % 2, padding=1, bias=not normalize))
             if normalize:
-                layers.append(nn.BatchNorm2d(width))
+                layers.append(nn.BatchNorm2d(width, track_running_stats=False))
             layers.append(nn.LeakyReLU(0.2))
             channels = width
         super().__init__(
@@ -34,6 +35,8 @@ class Discriminator(nn.Sequential):
 
 class Adversarial(nn.Module):
     """A call trains the discriminator for `k` steps on (sr, hr) and returns the loss of the generator.
+
+    A step whose gradient is not finite is not taken.
 
     GAN      Goodfellow et al. 2014, the non-saturating form
     WGAN     Arjovsky et al. 2017
@@ -53,7 +56,7 @@ class Adversarial(nn.Module):
         self.discriminator = Discriminator(n_colors, normalize=kind != "WGAN_GP")
         betas = (0.0, 0.9) if kind == "WGAN_GP" else betas
         self.optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+            self.discriminator.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
 
     def forward(self, sr, hr):
@@ -62,7 +65,10 @@ class Adversarial(nn.Module):
         for _ in range(self.k):
             self.optimizer.zero_grad()
             self._discriminator_loss(sr.detach(), hr).backward()
-            distributed.average([parameter.grad for parameter in self.discriminator.parameters()])
+            gradients = [parameter.grad for parameter in self.discriminator.parameters()]
+            distributed.average(gradients)
+            # As a GradScaler does it: where this is 1 the fused step changes nothing, and no one waits for the device.
+            self.optimizer.found_inf = (~get_total_norm(gradients).isfinite()).float()
             self.optimizer.step()
             if self.kind == "WGAN":
                 with torch.no_grad():

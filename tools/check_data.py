@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from data.benchmark import check_sizes
+from data.benchmark import check_sizes, match
 from data.image import image_kind, image_size, list_images, read_image
 from data.resize import crop_to_multiple, downscale
 from utility import InputError, in_parallel
@@ -40,14 +40,10 @@ def _pair_up(root, scale):
     """[(HR path, LR path)], and a line for each image that is alone."""
     pairs, wrong = [], []
     for hr_folder, lr_folder in _folders(root, scale):
-        lr_images = list_images(lr_folder)
-        for name, hr in list_images(hr_folder).items():
-            lr = lr_images.pop(name, None) or lr_images.pop(f"{name}x{scale}", None)
-            if lr:
-                pairs.append((hr, lr))
-            else:
-                wrong.append(f"{hr}: has no LR image in {lr_folder}")
-        wrong += [f"{lr}: has no HR image in {hr_folder}" for lr in lr_images.values()]
+        matched, hr_alone, lr_alone = match(list_images(hr_folder), list_images(lr_folder), scale)
+        pairs += matched.values()
+        wrong += [f"{hr}: has no LR image in {lr_folder}" for hr in hr_alone]
+        wrong += [f"{lr}: has no HR image in {hr_folder}" for lr in lr_alone]
     return pairs, wrong
 
 

@@ -21,7 +21,7 @@ from data.image import read_image
 from data.resize import crop_to_multiple, downscale, upscale
 from evaluation import compare
 from model import load_model
-from option import Parser, positive_int
+from option import Parser, png, positive_int
 from utility import InputError, quantize, run_program, write_whole
 
 
@@ -31,7 +31,7 @@ def parse(argv=None):
     parser.add_argument("--crop", type=crop, required=True, metavar="X,Y,W,H", help="pixels of the image")
     parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD")
     parser.add_argument("--scale", type=positive_int, help="where no method is a network")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
+    parser.add_argument("--output", type=png, required=True, metavar="FILE.png")
     return parser.parse_args(argv)
 
 

@@ -12,14 +12,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pictures
 from model import load_model
 from model.smsr import SMSR
-from option import Parser
+from option import Parser, png
 from utility import InputError, run_program, write_whole
 
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pre_train", type=Path, required=True, help="weights of SMSR")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
+    parser.add_argument("--output", type=png, required=True, metavar="FILE.png")
     args = parser.parse_args(argv)
     model = load_model(args.pre_train)
     if not isinstance(model, SMSR):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.benchmark import lr_names
 from data.image import image_size, list_images, read_image, write_png
 from data.resize import crop_to_multiple, downscale
 from option import Parser, plain_name, positive_int
@@ -62,12 +63,16 @@ def make(args):
     sources = _sources(args.hr)
     multiple = math.lcm(*args.scales)
     least = multiple if benchmark else -(-args.min_size // multiple) * multiple  # that remains after cropping
-    prepare = functools.partial(_prepare, root=root, scales=args.scales, multiple=multiple, least=least)
+    prepare = functools.partial(
+        _prepare, root=root, names=sources.keys(), scales=args.scales, multiple=multiple, least=least
+    )
     if not benchmark:
         prepare = functools.partial(_or_reason, prepare)
     reasons = [reason for reason in in_parallel(prepare, list(sources.items()), args.n_threads, root.name) if reason]
     for reason in reasons:
         print(f"left out: {reason}")
+    if reasons and (root / "HR").resolve() in [folder.resolve() for folder in args.hr]:
+        raise InputError(f"{root / 'HR'}: {len(reasons)} of its images cannot serve, see above; take them out of it")
     if len(reasons) == len(sources):
         raise InputError(f"--hr {' '.join(map(str, args.hr))}: none of {len(sources)} images can serve")
     count = f"{len(sources) - len(reasons)} images" + f", {len(reasons)} left out" * bool(reasons)
@@ -95,8 +100,11 @@ def _or_reason(prepare, source):
         return str(error)
 
 
-def _prepare(source, root, scales, multiple, least):
-    """Write <root>/HR/<name>.png and <root>/LR_bicubic/X<s>/<name>.png where they are missing. Raises InputError."""
+def _prepare(source, root, names, scales, multiple, least):
+    """Write <root>/HR/<name>.png and <root>/LR_bicubic/X<s>/<name>.png where they are missing. Raises InputError.
+
+    names: of all images of the set
+    """
     name, path = source
     height, width = image_size(path)
     if min(height, width) < least:
@@ -107,14 +115,14 @@ def _prepare(source, root, scales, multiple, least):
         if not hr.exists():
             write_png(hr, crop_to_multiple(read_image(path), multiple))
         path = hr  # LR is made of the HR image as it lies there
-    missing = [scale for scale, folder in lr.items() if not _has_image(folder, name, scale)]
+    missing = [
+        scale
+        for scale, folder in lr.items()
+        if not any((folder / f"{lr_name}.png").exists() for lr_name in lr_names(name, scale, names))
+    ]
     image = read_image(path) if missing else None
     for scale in missing:
         write_png(lr[scale] / f"{name}.png", downscale(crop_to_multiple(image, scale), scale))
-
-
-def _has_image(folder, name, scale):
-    return any((folder / f"{name}{suffix}.png").exists() for suffix in ("", f"x{scale}"))
 
 
 def main(argv=None):

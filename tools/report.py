@@ -50,16 +50,16 @@ PUBLISHED = {
 
 @dataclass
 class Result:
-    """A test of a run on one set: the folder results-<set>-x<scale>."""
+    """A test of a run on one set: the folder results-<set>-x<scale>. Runs are told apart by their folders."""
 
-    run: str
+    run: Path
     folder: Path
     metrics: dict
     options: dict
 
     @property
     def title(self):
-        return f"{self.run}: {self.metrics['dataset']} x{self.metrics['scale']}"
+        return f"{self.run.name}: {self.metrics['dataset']} x{self.metrics['scale']}"
 
     def hardest(self, n):
         """The n images of lowest PSNR; of those that have none, the first."""
@@ -99,8 +99,8 @@ def read_results(run):
         try:
             metrics = json.loads(path.read_text(encoding="utf-8"))
             options = json.loads((path.parent / "options.json").read_text(encoding="utf-8"))
-            result = Result(run.name, path.parent, metrics, options)
-            _summary(result), [_row(image) for image in metrics["images"]]  # all that is needed is there
+            result = Result(run, path.parent, metrics, options)
+            list(tables([result]))  # all that is needed is there
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: is broken, or not of this version ({error!r}); test anew") from None
         results.append(result)
@@ -159,7 +159,7 @@ def tables(results):
             costs += [f"{active:.3f}", f"{seconds:.3f}"]
             quality = [own[name].metrics if name in own else {} for name in sets]
             quality = [_pair(metrics.get("psnr_y"), metrics.get("ssim_y")) for metrics in quality]
-            rows.append([f"{run} ({first['model']})", *costs, *quality])
+            rows.append([f"{run.name} ({first['model']})", *costs, *quality])
             classes.append("")
         yield table([*columns, *sets], rows, classes)
     for result in results:
@@ -287,13 +287,18 @@ def settings(results):
     rows = []
     for result in results:
         changed, versions = result.options.get("changed", {}), result.options.get("versions", {})
-        asked = " ".join(f"--{key} {_joined(value)}" for key, value in changed.items())
+        asked = " ".join(f"--{key} {_value(key, value)}" for key, value in changed.items())
         rows.append([result.title, asked, ", ".join(f"{key} {value}" for key, value in versions.items())])
     yield table(["test", "options", "versions"], rows, kind="options")
 
 
-def _joined(value):
-    return "+".join(map(str, value)) if isinstance(value, list) else "" if value is True else str(value)
+def _value(key, value):
+    """As it is written on the command line."""
+    if key == "data_range":
+        return "/".join("-".join(map(str, span)) for span in value)
+    if isinstance(value, list):
+        return {"decay": "-", "betas": " "}.get(key, "+").join(map(str, value))
+    return "" if value is True else str(value)
 
 
 if __name__ == "__main__":
