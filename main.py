@@ -122,6 +122,8 @@ def test(args, device):
     path = args.pre_train
     if args.load:
         path = experiment.weights_path({0: "best", -1: "latest"}.get(args.resume, args.resume))
+        if not path.is_file():
+            raise InputError(f"--resume {args.resume}: no {path}; --save_models keeps those of all epochs")
     if not path:
         raise InputError("--test_only needs weights: give --pre_train FILE, or --load NAME for those of a run")
     model = make_model(args, read_weights(path), path)
@@ -153,6 +155,8 @@ def test_video(args, experiment, model, run, weights):
     folder = experiment.start_results("video", args.scale, args.reset)
     parameter = next(model.parameters())
     target = folder / f"{clip.stem}_x{args.scale}_SR.mp4"
+    if target.exists():
+        raise InputError(f"{target}: is there already; --reset makes it anew, another --save leaves it alone")
     settings = (args.precision, args.self_ensemble, args.rgb_range, args.n_colors, args.res_scale)
     key = Path(weights).read_bytes() + repr(settings).encode()
     count = upscale_video(run, clip, target, args.n_colors, args.rgb_range, parameter.device, parameter.dtype, key)

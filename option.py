@@ -233,6 +233,10 @@ def _check(args):
             f"--n_GPUs {args.n_GPUs}, and {world_size} process(es); several GPUs take: "
             f"torchrun --nproc_per_node={args.n_GPUs} main.py ..."
         )
+    if args.tau_min > 1:
+        raise InputError(f"--tau_min {args.tau_min}: the temperature falls from 1; give 1 for none, or less")
+    if args.split_batch > args.batch_size:
+        raise InputError(f"--split_batch {args.split_batch}: --batch_size {args.batch_size} has not so many images")
     if args.load and args.save not in (None, args.load):
         raise InputError(f"--load {args.load} goes on in experiment/{args.load}; leave --save {args.save} out")
     args.save = args.load or args.save or "test"
@@ -313,7 +317,10 @@ def names(text):
 
 
 def milestones(text):
-    return [positive_int(part) for part in text.split("-")]
+    found = [positive_int(part) for part in text.split("-")]
+    if found != sorted(set(found)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not in order, such as 200-400-600")
+    return found
 
 
 def ranges(text):

@@ -150,6 +150,7 @@ class Trainer:
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
         self.history = []  # one dict of numbers for each finished epoch
         self.epoch, self.step = 1, 0  # the epoch in progress and how many of its steps are done
+        self.bad = torch.zeros(2, device=self.device)  # skipped steps: in this epoch, and in a row
         self._start_sums()
         self._stop = False
 
@@ -225,7 +226,7 @@ class Trainer:
             total=sampler.steps, initial=self.step, desc=f"epoch {self.epoch}", leave=False,
             disable=distributed.is_helper(),
         ) as bar:  # fmt: skip
-            for lr_images, hr_images in self.loader if self.step < sampler.steps else ():
+            for lr_images, hr_images in self._batches():
                 self.train_step(self._to_input(lr_images), self._to_input(hr_images), *tensors)
                 self.step += 1
                 looks = self.step % self.print_every == 0 or self.step == sampler.steps
@@ -243,6 +244,13 @@ class Trainer:
         self.seconds = before + time.perf_counter() - started
         if self.sums is not None:
             distributed.average([self.sums])
+
+    def _batches(self):
+        try:
+            if self.step < self.loader.sampler.steps:
+                yield from self.loader
+        except InputError as error:
+            raise InputError(f"{error}; then {self._way_on()}") from None
 
     def train_step(self, lr_images, hr_images, tau, lambda_):
         """One step on LR (N, C, P, P) and HR (N, C, sP, sP) in 0...rgb_range; tau and lambda_ tensors ()."""
@@ -349,7 +357,7 @@ class Trainer:
     def _start_sums(self):
         self.names = ()  # of the numbers that are summed
         self.sums = None  # over the good steps of this epoch, and last how many these are; on the device
-        self.bad = torch.zeros(2, device=self.device)  # skipped steps: in this epoch, and in a row
+        self.bad[0] = 0
         self._bad_told = 0
         self.seconds = 0.0
         self.mask_histogram = {}  # {"mask_0.3": share of pixels whose m is 0.3 to 0.4, ...} in the last step
@@ -446,20 +454,24 @@ class Trainer:
     @contextlib.contextmanager
     def _failures_told(self):
         """Within, what ends a run without being a mistake of the program is told in one line, with the way on."""
-        go_on = f"go on from {self.experiment.checkpoint} with --load {self.experiment.name}"
         try:
             yield
         except OSError as error:
             raise InputError(
-                f"{error.filename or 'a file'}: {error.strerror or error}; mend that, then {go_on}"
+                f"{error.filename or 'a file'}: {error.strerror or error}; mend that, then {self._way_on()}"
             ) from None
         except RuntimeError as error:
             if distributed.is_lost(error):
-                raise InputError(f"another process of this training is gone; {go_on}") from None
+                raise InputError(f"another process of this training is gone; {self._way_on()}") from None
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 what = str(error).strip().splitlines()[0]
                 raise InputError(f"--compile: {what}; install what is missing, or leave --compile out") from None
             raise
+
+    def _way_on(self):
+        if self.experiment.checkpoint.exists():
+            return f"go on from {self.experiment.checkpoint} with --load {self.experiment.name}"
+        return "start again"
 
     @contextlib.contextmanager
     def _stop_on_interrupt(self):

@@ -141,14 +141,14 @@ def free_memory(device):
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return math.inf
-    return min(free, _free_in_cgroup())
+    return min(free, free_in_cgroup())
 
 
-def _free_in_cgroup():
+def free_in_cgroup(root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
     """What the limits of a container or a batch job leave (cgroup v2); what files fill of it can be had, too."""
-    root, free = Path("/sys/fs/cgroup"), math.inf
+    free = math.inf
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = own.read_text().splitlines()
         group = root / next(line for line in lines if line.startswith("0::"))[3:].lstrip("/")
         for folder in (group, *group.parents):
             if (folder / "memory.max").is_file() and (limit := (folder / "memory.max").read_text().strip()) != "max":

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from data.image import read_image, write_png
-from utility import InputError, quantize
+from utility import InputError, logger, quantize
 
 CODEC = "mp4v"
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong with a file is told by an InputError
@@ -52,6 +52,8 @@ def upscale_video(run, path, target, n_colors=3, rgb_range=255, device=None, dty
             count += 1
             bar.update()
     clip.release()
+    if 0 < count < total:
+        logger.warning(f"{path}: only {count} of {total} frames could be decoded")
     if count == 0:
         frames.rmdir()
         raise InputError(f"--dir_demo {path}: holds no frames that can be decoded")

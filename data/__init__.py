@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -14,7 +15,10 @@ from data.srdata import EpochSampler, Patches, PatchLoader, WholeImages
 from utility import InputError
 
 TRAIN, TEST = 0, 1
-DIV2K_RANGES = ((1, 800), (801, 810))  # EDSR's images of training and of validation, by the number they bear
+DIV2K_RANGES = (
+    (1, 800),
+    (801, 810),
+)  # EDSR's images of training and of validation, by the number they bearSELECTIVE = hasattr(signal, "sigtimedwait")  # a process can ask who sent a signal; not on macOS and Windows
 
 
 def find_set(name, dir_data, scale, dir_demo=""):
@@ -87,12 +91,16 @@ def _leave_interrupts_alone(_):
         os.setpgid(0, 0)
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    if SELECTIVE:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with_parent():
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _end_with(parent):
+    """End this process when its parent says so, or is gone: a worker whose pipe is full would wait for ever."""
+    while os.getppid() == parent:
+        if not SELECTIVE:
+            time.sleep(1)
+        elif (received := signal.sigtimedwait({signal.SIGTERM}, 1)) and received.si_pid == parent:
+            break
     os._exit(0)

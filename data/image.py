@@ -55,7 +55,7 @@ def list_images(folder):
     Raises InputError if the folder is missing or two files share a name.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+        raise InputError(f"{folder}: is a file, not a folder" if folder.exists() else f"{folder}: no such folder")
     images = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in _endings() and not path.name.startswith("."):

@@ -106,7 +106,8 @@ class WholeImages(Dataset):
 
     def __init__(self, images, scale, n_colors=3):
         if not images.pairs:
-            raise InputError(f"--data_test {images.name}: {images.root} holds no images to test on; see --data_range")
+            flag = "--dir_demo" if images.name == "demo" else "--data_range"
+            raise InputError(f"--data_test {images.name}: {images.root} holds no images to test on; see {flag}")
         self.name, self.benchmark = images.name, images.benchmark
         self.names, self.paths = list(images.pairs), list(images.pairs.values())
         self.scale, self.n_colors = scale, n_colors

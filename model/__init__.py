@@ -108,7 +108,7 @@ def read_weights(path):
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"{path}: no such weights file") from None
     except Exception as error:  # a broken file may raise nearly anything: pickle, zip, key and type errors
         reason = "it holds code, not weights alone" if "Weights only load failed" in str(error) else "broken or cut off"

@@ -124,8 +124,8 @@ class Strip:
 def strips(n, height, width, tile=None):
     """Cut n images into strips of about tile x tile pixels, alike in height; into one of all where that is enough.
 
-    Cuts are at even lines, so that pooling by 2 sees the same pairs. A strip has 144 x 144 pixels or, as lines are whole,
-    little less: for very few numbers PyTorch convolves on a CPU with another library, and rounds differently.
+    Cuts are at even lines, so that pooling by 2 sees the same pairs. A strip has 144 x 144 pixels or, as lines are
+    whole, little less: for very few numbers PyTorch convolves on a CPU with another library, and rounds differently.
     """
     pixels = math.inf if tile is None else max(tile, 144) ** 2
     if n * height * width <= pixels:

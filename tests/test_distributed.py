@@ -97,6 +97,20 @@ def test_a_process_that_is_lost_ends_the_others_and_the_run_goes_on(folder):
     assert main(f"--load run --epochs {epoch}".split()) == 0
 
 
+def test_sigterm_to_all_processes_saves_though_torchrun_hands_it_on(folder):
+    line = f"{TRAIN} --n_feats 8 --n_blocks 2 --n_layers 2 --epochs 100000"
+    process = subprocess.Popen(
+        [*TORCHRUN, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    while not Path("experiment/run/log.csv").exists():
+        assert process.poll() is None
+    for pid in (*children(process.pid), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert "everything is saved" in printed
+    assert "error:" not in printed
+
+
 def test_a_time_limit_ends_both_without_a_complaint(folder):
     done = by_two(f"{EDSR} --epochs 100000 --time_limit 0.05")
     assert done.returncode == 0, done.stderr

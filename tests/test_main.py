@@ -1,5 +1,4 @@
 import csv
-import importlib
 import json
 import os
 import shutil
@@ -312,6 +311,33 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder):
     assert run(f"--load run --epochs {epoch}") == 0
 
 
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="sends POSIX signals, as Linux has them")
+def test_sigterm_to_all_processes_of_a_run_saves(folder):
+    process = started(f"{TRAIN.replace('--n_threads 0', '--n_threads 2')} --epochs 100000")
+    wait_for(Path("experiment/run/log.csv").exists)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    for pid in (*map(int, workers), process.pid):  # as a batch system does it
+        os.kill(pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "everything is saved" in printed
+    assert "Traceback" not in printed
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+def test_a_killed_run_can_be_taken_up_while_its_workers_live(folder):
+    process = started(f"{TRAIN.replace('--n_threads 0', '--n_threads 1')} --epochs 100000")
+    wait_for(Path("experiment/run/checkpoint.pt").exists)
+    wait_for(Path("experiment/run/log.csv").exists)
+    process.kill()
+    process.wait()
+    epoch = torch.load("experiment/run/checkpoint.pt", weights_only=True)["epoch"]
+    assert run(f"--load run --epochs {epoch}") == 0
+    process.communicate(timeout=60)  # the workers, which hold the pipe, have ended, too
+
+
 def test_a_time_limit_stops_and_the_run_goes_on(folder, capsys):
     assert run(f"{TRAIN} --epochs 100000 --time_limit 0.02") == 0
     assert "python main.py --load run" in capsys.readouterr().out
@@ -391,12 +417,16 @@ def test_a_disk_that_takes_no_more_is_told_and_loses_nothing(folder):
 
 
 def test_tensorboard_is_optional(folder):
-    if importlib.util.find_spec("tensorboard"):
-        run(f"{TRAIN} --epochs 2 --tensorboard --images_every 1")
-        assert list(Path("experiment/run/tensorboard").iterdir())
-    else:
-        with pytest.raises(InputError, match="pip install tensorboard"):
-            run(f"{TRAIN} --epochs 1 --tensorboard")
+    pytest.importorskip("tensorboard")
+    run(f"{TRAIN} --epochs 2 --tensorboard --images_every 1")
+    assert list(Path("experiment/run/tensorboard").iterdir())
+
+
+def test_without_tensorboard_the_line_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        run(f"{TRAIN} --epochs 1 --tensorboard")
+    assert not Path("experiment").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")

@@ -38,6 +38,17 @@ def test_templates_set_defaults_that_the_command_line_overrides(name):
     assert parse(["--template", name, "--lr", "0.5"]).lr == 0.5
 
 
+def test_what_cannot_be_taken_over_from_a_run():
+    stored = {"precision": "bf16", "compile": True, "res_scale": None, "n_feats": 32}
+    assert parse(["--load", "run"], stored).precision == "bf16"
+    assert parse(["--load", "run", "--test_only"], stored).precision == "single"
+    assert not parse(["--load", "run", "--no-compile"], stored).compile
+    with pytest.raises(InputError, match=r"--res_scale 0\.1: the run has the network's own"):
+        parse(["--load", "run", "--res_scale", "0.1"], stored)
+    with pytest.raises(InputError, match="--n_feats 64: the run has 32"):
+        parse(["--load", "run", "--n_feats", "64"], stored)
+
+
 def test_options_of_a_run_are_defaults_except_those_of_one_call():
     stored = {"lr": 0.1, "epochs": 5, "reset": True, "pre_train": "a.pt", "cpu": True, "device": "cpu", "unknown": 1}
     args = parse(["--load", "run", "--epochs", "9"], stored)

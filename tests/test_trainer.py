@@ -311,10 +311,19 @@ def step_on(trainer, value):
     trainer.train_step(lr, torch.zeros(2, 3, 16, 16), torch.tensor(1.0), torch.tensor(0.1))
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": torch.float16}, {"split_batch": 2}, {"gclip": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"precision": torch.float16},
+        {"split_batch": 2},
+        {"gclip": 1.0},
+        {"loss": "1*L1+0.1*GAN", "skip_threshold": 1e4},
+    ],
+)
 @pytest.mark.parametrize("bad", [1e7, math.nan, math.inf])
 def test_a_batch_far_off_is_skipped_counted_and_told(build, bad, options, caplog):
-    trainer = build(skip_threshold=10, **options)
+    trainer = build(**{"skip_threshold": 10} | options)
     trainer.fit(1)
     before, state = weights(trainer).clone(), str(trainer.optimizer.state_dict())
     step_on(trainer, bad)
@@ -326,6 +335,43 @@ def test_a_batch_far_off_is_skipped_counted_and_told(build, bad, options, caplog
     step_on(trainer, 100.0)
     assert not torch.equal(weights(trainer), before)
     assert trainer.bad.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("kind", ["GAN", "WGAN", "WGAN_GP", "LSGAN", "RGAN"])
+def test_a_batch_that_is_not_finite_leaves_the_discriminator_as_it_was(build, kind):
+    trainer = build(loss=f"1*L1+0.1*{kind}")
+    (term,) = trainer.criterion._learning().values()
+    step = torch.zeros(2, 3, 16, 16), torch.rand(2, 3, 32, 32) * 255, torch.tensor(1.0), torch.tensor(0.1)
+    trainer.train_step(*step)
+    before = {key: value.clone() for key, value in term.discriminator.state_dict().items()}
+    state = str(term.optimizer.state_dict())
+    trainer.train_step(torch.full_like(step[0], math.nan), *step[1:])
+    assert all(torch.equal(value, before[key]) for key, value in term.discriminator.state_dict().items())
+    assert str(term.optimizer.state_dict()) == state
+    trainer.train_step(*step)
+    assert trainer.bad.tolist() == [1, 0]
+
+
+def test_an_epoch_without_a_good_step_does_not_end_the_run_for_good(build):
+    trainer = build()
+    trainer.fit(1)
+    trainer.history.append(trainer.history[0] | {"loss": math.nan})
+    step_on(trainer, 100.0)
+    assert trainer.bad.tolist() == [0, 0]
+
+
+def test_the_loss_scale_of_float16_does_not_come_from_another_precision(build):
+    build(precision=torch.bfloat16).fit(1)
+    assert resumed(build, precision=torch.float16).scaler.get_scale() == 2.0**16
+
+
+def test_an_epoch_without_a_psnr_is_no_rival(build, monkeypatch):
+    trainer = build(keep_all=True)
+    values = iter([math.nan, 30.0, math.nan, 29.0])
+    monkeypatch.setattr("trainer.headline", lambda metrics: ("psnr_rgb", next(values)))
+    trainer.fit(4)
+    best, second = (torch.load(trainer.experiment.weights_path(which), weights_only=True) for which in ("best", 2))
+    assert all(torch.equal(best[key], second[key]) for key in best)
 
 
 def test_nothing_but_bad_steps_end_the_run(build):

@@ -14,6 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from utility import (
     Experiment,
     InputError,
+    free_in_cgroup,
     free_memory,
     in_parallel,
     logger,
@@ -21,6 +22,7 @@ from utility import (
     pick_device,
     psnr,
     quantize,
+    remove_unfinished,
     save_torch,
     shave,
     ssim,
@@ -226,3 +228,25 @@ def test_a_run_that_goes_on_removes_what_killed_ones_left(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="nobody tells")
 def test_free_memory_is_some_of_what_the_machine_has():
     assert 2**20 < free_memory(torch.device("cpu")) < 2**50
+
+
+def test_free_memory_heeds_the_limits_of_all_groups(tmp_path):
+    own = tmp_path / "cgroup"
+    own.write_text("1:name=systemd:/\n0::/job/step\n")
+    job, step = tmp_path / "job", tmp_path / "job/step"
+    step.mkdir(parents=True)
+    for folder, limit in ((job, "1000"), (step, "max")):
+        (folder / "memory.max").write_text(limit + "\n")
+        (folder / "memory.current").write_text("700\n")
+        (folder / "memory.stat").write_text("anon 600\ninactive_file 100\n")
+    assert free_in_cgroup(tmp_path, own) == 400
+    (job / "memory.max").write_text("max")
+    assert free_in_cgroup(tmp_path, own) == math.inf
+    assert free_in_cgroup(tmp_path, tmp_path / "absent") == math.inf
+
+
+def test_an_unfinished_file_may_vanish(tmp_path):
+    (tmp_path / ".a.tmp").symlink_to("absent")
+    (tmp_path / ".b.tmp").touch()
+    remove_unfinished(tmp_path)
+    assert not (tmp_path / ".b.tmp").exists()

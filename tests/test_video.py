@@ -46,6 +46,16 @@ def test_every_frame_comes_out_larger_in_its_place(folder, n_colors):
     assert sorted(path.name for path in folder.iterdir()) == ["clip.mp4", "out.mp4"]
 
 
+def test_an_odd_size_is_filled_up(folder):
+    write_clip("odd.mp4", count=2, size=(24, 32))
+
+    def cut(x):
+        return x[..., :23, :31], None
+
+    upscale_video(cut, folder / "odd.mp4", folder / "out.mp4")
+    assert read_clip("out.mp4")[1].shape == (2, 24, 32, 3)
+
+
 def test_an_interrupted_video_goes_on_where_it_was(folder):
     seen = []
 

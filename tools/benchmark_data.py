@@ -31,7 +31,7 @@ from data.srdata import EpochSampler, Patches, PatchLoader
 from option import Parser, count, positive_float, positive_int
 from tools.benchmark import SAMPLE
 from tools.benchmark import size as image_size
-from utility import write_json
+from utility import InputError, write_json
 
 KINDS = ("pickle", "img", "sep", "bin")
 SCALE = 2
@@ -126,6 +126,9 @@ def _speed(loader):
 
 def main(argv):
     args = parse(argv)
+    if min(args.size) < args.patch_size * SCALE:
+        height, width = args.size
+        raise InputError(f"--size {height}x{width}: holds no patch of --patch_size {args.patch_size} at x{SCALE}")
     speeds = measure(args)
     print(f"{'kind':8} {'patches/s':>10} {'speedup':>8}")
     for kind, speed in speeds.items():

@@ -44,11 +44,16 @@ def crop(text):
 
 def main(argv=None):
     args = parse(argv)
+    for method in args.methods:
+        if method not in ("bicubic", "hr") and not Path(method).is_file():
+            raise InputError(f"--methods {method}: is neither bicubic nor hr nor a file of weights")
     networks = {method: load_model(method) for method in args.methods if method not in ("bicubic", "hr")}
     scales = {model.scale for model in networks.values()} | ({args.scale} if args.scale else set())
     if len(scales) != 1:
-        found = ", ".join(f"x{scale}" for scale in sorted(scales)) or "none"
-        raise InputError(f"--methods: all must be of one scale, which --scale tells where none is a network; {found}")
+        if not scales:
+            raise InputError("--methods: none is a network; say with --scale how far to upscale")
+        found = ", ".join(f"x{scale}" for scale in sorted(scales))
+        raise InputError(f"--methods: are of {found}; all, and --scale, must be of one scale")
     (scale,) = scales
     hr = crop_to_multiple(read_image(args.image), scale)
     if not hr.size:

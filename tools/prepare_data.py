@@ -28,6 +28,8 @@ from option import Parser, plain_name, positive_int
 from tools import check_data, unpack_div2k
 from utility import InputError, in_parallel, run_program
 
+RESERVED = ("demo", "video")
+
 
 def parse(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,6 +61,8 @@ def parse(argv=None):
 def make(args):
     """Make a set to train or to measure on."""
     benchmark = args.command == "benchmark"
+    if args.name in RESERVED:
+        raise InputError(f"--name {args.name}: main.py means something else by it; choose another")
     root = args.out / "benchmark" / args.name if benchmark else args.out / args.name
     sources = _sources(args.hr)
     multiple = math.lcm(*args.scales)
@@ -75,14 +79,14 @@ def make(args):
         raise InputError(f"{root / 'HR'}: {len(reasons)} of its images cannot serve, see above; take them out of it")
     if len(reasons) == len(sources):
         raise InputError(f"--hr {' '.join(map(str, args.hr))}: none of {len(sources)} images can serve")
-    count = f"{len(sources) - len(reasons)} images" + f", {len(reasons)} left out" * bool(reasons)
+    count = f"{len(list_images(root / 'HR'))} images" + f", {len(reasons)} left out" * bool(reasons)
     print(f"{root}: {count}; use it with --dir_data {args.out} and the name {args.name}")
 
 
 def _sources(folders):
     """{name without ending: path} of the images of all folders. Raises InputError."""
     sources = {}
-    for folder in folders:
+    for folder in dict.fromkeys(folders):
         for name, path in list_images(folder).items():
             if name in sources:
                 raise InputError(f"{path}: has the name of {sources[name]}; rename one of the two")
@@ -114,6 +118,8 @@ def _prepare(source, root, names, scales, multiple, least):
     if path.parent.resolve() != hr.parent.resolve():
         if not hr.exists():
             write_png(hr, crop_to_multiple(read_image(path), multiple))
+        elif image_size(hr) != (height - height % multiple, width - width % multiple):
+            raise InputError(f"{hr}: is there already, of another image than {path}; rename that, or take it out")
         path = hr  # LR is made of the HR image as it lies there
     missing = [
         scale

@@ -101,6 +101,18 @@ def test_what_is_wrong_with_a_set_is_named(make_set, tmp_path):
     refuse(r"img1\.png: has no LR image")
 
 
+def test_two_images_never_share_one_lr_image(make_set):
+    tiny = make_set(count=2) / "Tiny"
+    for folder in ("HR", "LR_bicubic/X2"):
+        (tiny / folder / "img1.png").rename(tiny / folder / "img0x2.png")
+    assert {name: lr.name for name, (_, lr) in find_set("Tiny", tiny.parent, 2).pairs.items()} == {
+        "img0": "img0.png", "img0x2": "img0x2.png",
+    }  # fmt: skip
+    (tiny / "LR_bicubic/X2/img0.png").unlink()
+    with pytest.raises(InputError, match=r"img0\.png: has no LR image"):
+        find_set("Tiny", tiny.parent, 2)
+
+
 def test_an_empty_set_is_an_error(make_set):
     root = make_set(count=0)
     with pytest.raises(InputError, match="holds no images"):

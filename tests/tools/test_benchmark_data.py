@@ -32,5 +32,5 @@ def test_kinds_of_cache_are_timed(tmp_path, capsys):
 
 def test_an_image_smaller_than_a_patch_is_named():
     line = "data --size 60x80 --images 1 --n_threads 0"
-    with pytest.raises(InputError, match="--patch_size 96"):
+    with pytest.raises(InputError, match=r"--size 60x80: .* --patch_size 96"):
         main(line.split())

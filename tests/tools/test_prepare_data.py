@@ -196,3 +196,12 @@ def test_a_broken_archive_is_named(published, tmp_path):
         main(line)
     with pytest.raises(InputError, match="holds no DIV2K_train_HR"):
         main(["div2k", "--archive_dir", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_an_image_that_cannot_serve_must_leave_a_set_that_is_made_in_place(make_set, capsys):
+    root = make_set(count=2)
+    iio.imwrite(root / "Tiny/HR/small.png", np.zeros((8, 8, 3), np.uint8))
+    line = f"train --hr {root}/Tiny/HR --name Tiny --scales 2 --out {root} --min_size 16"
+    with pytest.raises(InputError, match="HR: 1 of its images cannot serve"):
+        main(line.split())
+    assert "small.png: 8x8" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import main
-from tools.report import _farthest
+from tools.report import _farthest, _value
 from tools.report import main as report
 from utility import InputError
 
@@ -61,6 +61,24 @@ def test_several_runs_and_what_is_not_there(tested, capsys):
     assert page.count('class="slider"') == 3 + 2  # of the other
 
 
+def test_runs_of_one_name_are_told_apart(tested):
+    other = tested.parent.parent / "other/mine"
+    shutil.copytree(tested, other)
+    path = other / "results-Set5-x2/metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"psnr_y": 12.34, "ssim_y": 0.5}))
+    report([str(tested), str(other)])
+    text = (tested / "report.md").read_text()
+    assert text.count("| mine (SMSR)") == 2
+    assert "12.34 / 0.5000" in text
+
+
+def test_options_are_told_as_they_are_given():
+    assert _value("data_range", [[1, 3], [4, 4]]) == "1-3/4-4"
+    assert _value("decay", [5, 8]) == "5-8"
+    assert _value("data_test", ["Set5", "Set14"]) == "Set5+Set14"
+    assert _value("reset", True) == ""
+
+
 def test_the_part_shown_is_the_one_farthest_off():
     reference = np.zeros((50, 60, 3), np.uint8)
     sr = reference.copy()
@@ -77,7 +95,13 @@ def test_mistakes_are_named(tested):
     (tested.parent / "empty").mkdir()
     with pytest.raises(InputError, match="empty: holds no results"):
         report(["experiment/empty"])
-    (tested / "results-Set5-x2/metrics.json").write_text('{"dataset": "Set5"}')
+    path = tested / "results-Set5-x2/metrics.json"
+    metrics = json.loads(path.read_text())
+    del metrics["parameters"]
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(InputError, match=r"results-Set5-x2/metrics\.json: is broken"):
+        report([str(tested)])
+    path.write_text('{"dataset": "Set5"}')
     with pytest.raises(InputError, match=r"results-Set5-x2/metrics\.json: is broken"):
         report([str(tested)])
 
