@@ -15,10 +15,8 @@ from data.srdata import EpochSampler, Patches, PatchLoader, WholeImages
 from utility import InputError
 
 TRAIN, TEST = 0, 1
-DIV2K_RANGES = (
-    (1, 800),
-    (801, 810),
-)  # EDSR's images of training and of validation, by the number they bearSELECTIVE = hasattr(signal, "sigtimedwait")  # a process can ask who sent a signal; not on macOS and Windows
+DIV2K_RANGES = ((1, 800), (801, 810))  # EDSR's images of training and of validation, by the number they bear
+SELECTIVE = hasattr(signal, "sigtimedwait")  # a process can ask who sent a signal; not on macOS and Windows
 
 
 def find_set(name, dir_data, scale, dir_demo=""):

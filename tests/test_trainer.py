@@ -318,7 +318,6 @@ def step_on(trainer, value):
         {"precision": torch.float16},
         {"split_batch": 2},
         {"gclip": 1.0},
-        {"loss": "1*L1+0.1*GAN", "skip_threshold": 1e4},
     ],
 )
 @pytest.mark.parametrize("bad", [1e7, math.nan, math.inf])
