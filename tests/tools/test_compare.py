@@ -46,7 +46,7 @@ def test_methods_side_by_side(folder, capsys):
         ("--crop 40,0,13,5 --methods smsr.pt", "--crop 40,0,13,5: reaches out of the image, 52x40"),
         ("--crop 1,2,3 --methods hr", "--crop: '1,2,3'"),
         ("--crop 0,0,0,5 --methods hr", "--crop"),
-        ("--crop 0,0,5,5 --methods bicubic", "--scale tells"),
+        ("--crop 0,0,5,5 --methods bicubic", "say with --scale"),
         ("--crop 0,0,5,5 --methods smsr.pt x3.pt", "x2, x3"),
         ("--crop 0,0,5,5 --methods smsr.pt --scale 4", "x2, x4"),
         ("--crop 0,0,5,5 --methods absent.pt", "absent.pt"),
