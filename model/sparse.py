@@ -131,9 +131,9 @@ class BlockPlan:
             self.layers.append(LayerPlan(conv.weight[order][:, order_in], collect[layer][:, order], n_in, n_out))
             n_in, order_in = n_out, order
         # What a pixel that is not important collects, of its D dense channels.
-        dense_weights = torch.cat([_matrix(w[:, dense[:, i]]) for i, w in enumerate(collect)], 1)  # (C, D)
-        self.n_dense = dense_weights.shape[1]
-        self.collect_dense = build_product(dense_weights, block.collect.bias.detach())
+        self.dense_weights = torch.cat([_matrix(w[:, dense[:, i]]) for i, w in enumerate(collect)], 1)  # (C, D)
+        self.n_dense = self.dense_weights.shape[1]
+        self.collect_dense = build_product(self.dense_weights, block.collect.bias.detach())
         self.dense_share = dense.float().mean().item()
         self.macs_dense = conv_macs(block.convs) + conv_macs(block.collect)
         pooled = block.spatial_mask[3:]  # at half the resolution, the transposed convolution included
@@ -264,7 +264,8 @@ class LayerPlan:
         self.from_output = n_out // VECTOR * VECTOR if self.all_dense else 0
         full = _matrix(self.weight[self.from_output :])  # (C', 9 C)
         self.full, self.full_macs = build_product(full, relu=True), full.numel()
-        self.collect = build_product(_matrix(collect))
+        self.collect_weight = _matrix(collect)  # (C, C)
+        self.collect = build_product(self.collect_weight)
 
     def run_thin(self, image):
         """Dense channels from dense channels everywhere: (n, n_in, h, w) -> (n, n_out, h, w)."""

@@ -1,0 +1,226 @@
+"""Networks as graphs that other runtimes can run: one forward of plain operators, of any height and width.
+
+`tools/export_onnx.py` exports them. They give what `model.inference` gives, to rounding. The sparse graph skips the
+same work by the same plan as sparse.py, in operators that runtimes are quick at: maps are bordered by zeros, so that
+the place of a neighbour is a sum, and what is taken from a map or put into it are single gathers and scatters.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.edsr import EDSR
+from model.sparse import Plan
+
+PIXELS = ("uint8", "float")
+MODES = ("sparse", "dense")
+
+
+def build_portable(model, mode, pixels="uint8"):
+    """The `Portable` of an SMSR, or of an EDSR, which is dense."""
+    network = PortableEDSR if isinstance(model, EDSR) else {"sparse": PortableSparse, "dense": PortableDense}[mode]
+    return network(model, pixels).eval()
+
+
+class Portable(nn.Module):
+    """A network whose images are (N, H, W, n_colors) in 0...255, as readers of image files give them.
+
+    Args:
+        model: of the package `model`, in eval mode, with an rgb_range of 255
+        pixels: "uint8": whole numbers go in and out; "float": those of the model's precision, not clamped
+
+    Returns SR images (N, scale H, scale W, n_colors) and the masks of an SMSR, uint8 (N, K, H, W), 1 where important.
+    """
+
+    multiple = 1  # of which the network wants height and width
+
+    def __init__(self, model, pixels="uint8"):
+        super().__init__()
+        self.model, self.pixels, self.scale = model, pixels, model.scale
+
+    def forward(self, image):
+        height, width = image.shape[1:3]
+        x = image.permute(0, 3, 1, 2).to(self.model.mean.dtype) - self.model.mean
+        x = _replicated(x, 0, height % self.multiple, width % self.multiple)
+        sr, masks = self.run(x)
+        sr = (sr + self.model.mean)[..., : height * self.scale, : width * self.scale].permute(0, 2, 3, 1)
+        if self.pixels == "uint8":
+            sr = sr.clamp(0, 255).round().to(torch.uint8)
+        if not masks:
+            return sr
+        return sr, torch.cat(masks, 1)[..., :height, :width].to(torch.uint8)
+
+
+class PortableEDSR(Portable):
+    """EDSR."""
+
+    def run(self, x):
+        head = self.model.head(x)
+        return self.model.tail(head + self.model.body(head)), ()
+
+
+class PortableSMSR(Portable):
+    """What both forms of an SMSR share."""
+
+    multiple = 2
+
+    def __init__(self, model, pixels="uint8"):
+        super().__init__(model, pixels)
+        self.plans = Plan(model).blocks
+        for k, weight in enumerate(model.collect[0].weight.detach().chunk(len(self.plans), 1)):
+            self.register_buffer(f"collect_{k}", weight[:, :, 0, 0].T.contiguous())  # (C, C), inputs first
+        self.register_buffer("bicubic", bicubic_weights(model.scale, model.mean.shape[1]).to(model.mean))
+
+    def reconstruct(self, f, x):
+        """Features (N, C, H, W) and the input less its mean -> SR less the mean (N, n_colors, scale H, scale W)."""
+        upscaled = F.conv2d(_replicated(x, 2, 2, 2), self.bicubic)
+        return self.model.tail[1](self.model.tail[0](f) + upscaled)
+
+
+class PortableDense(PortableSMSR):
+    """Nothing is skipped: everything is convolved, then what the masks deny is multiplied by zero."""
+
+    def __init__(self, model, pixels="uint8"):
+        super().__init__(model, pixels)
+        self.blocks = nn.ModuleList(DenseBlock(plan) for plan in self.plans)
+
+    def run(self, x):
+        head = f = self.model.head(x)
+        total, masks = self.model.collect[0].bias.view(1, -1, 1, 1), []
+        for k, block in enumerate(self.blocks):
+            f, mask = block(f)
+            masks.append(mask)
+            total = total + F.conv2d(f, self.get_buffer(f"collect_{k}").T[:, :, None, None])
+        return self.reconstruct(head + self.model.collect[2](F.relu(total)), x), masks
+
+
+class PortableSparse(PortableSMSR):
+    """Masked work is skipped. One image at a time."""
+
+    def __init__(self, model, pixels="uint8"):
+        super().__init__(model, pixels)
+        self.blocks = nn.ModuleList(SparseBlock(plan) for plan in self.plans)
+
+    def run(self, x):
+        head = self.model.head(x)  # (1, C, H, W)
+        f = _rows(head)  # (P, C)
+        total, masks = self.model.collect[0].bias, []
+        for k, block in enumerate(self.blocks):
+            f, mask = block(f, head.shape[2:])
+            masks.append(mask)
+            total = total + f @ self.get_buffer(f"collect_{k}")
+        f = head + self.model.collect[2](F.relu(_image(total, head.shape[2:])))
+        return self.reconstruct(f, x), masks
+
+
+class _Block(nn.Module):
+    """A sparse mask module and the weights of its `BlockPlan`."""
+
+    def __init__(self, plan):
+        super().__init__()
+        self.block, self.layers = plan.block, plan.layers
+        for index, layer in enumerate(plan.layers):
+            self.register_buffer(f"weight_{index}", layer.weight.detach())  # (C, C, 3, 3)
+            self.register_buffer(f"thin_{index}", layer.thin.detach())  # (n_out, n_in, 3, 3)
+            self.register_buffer(f"collect_{index}", layer.collect_weight.T.contiguous())  # (C, C), inputs first
+        self.register_buffer("collect_dense", plan.dense_weights[:, :, None, None])  # (C, D, 1, 1)
+
+    def thin(self, index, image):
+        """Dense channels from dense channels everywhere: (N, n_in, H, W) -> (N, n_out, H, W)."""
+        layer = self.layers[index]
+        if layer.n_in == 0:
+            return image.new_zeros(image.shape[0], layer.n_out, *image.shape[2:])
+        return F.relu(F.conv2d(image, self.get_buffer(f"thin_{index}"), padding=1))
+
+
+class DenseBlock(_Block):
+    """Features (N, C, H, W) -> features (N, C, H, W) and the mask (N, 1, H, W)."""
+
+    def forward(self, f):
+        mask = self.block.hard_spatial_mask(f)
+        allowed = mask.to(f.dtype)
+        g, y = f, self.block.collect.bias.view(1, -1, 1, 1)
+        for index, layer in enumerate(self.layers):
+            full = F.relu(F.conv2d(g, self.get_buffer(f"weight_{index}"), padding=1))
+            dense, sparse = full[:, : layer.n_out], full[:, layer.n_out :] * allowed
+            if layer.n_out and not layer.all_dense:
+                dense = dense * allowed + self.thin(index, g[:, : layer.n_in]) * (1 - allowed)
+            g = torch.cat([dense, sparse], 1) if layer.n_out else sparse
+            y = y + F.conv2d(g, self.get_buffer(f"collect_{index}").T[:, :, None, None])
+        return f + self.block.attention(y), mask
+
+
+class SparseBlock(_Block):
+    """Rows of features (P, C) of the pixels (H, W) -> rows of features (P, C) and the mask (1, 1, H, W)."""
+
+    def forward(self, f, shape):
+        height, width = shape
+        channels, bias = f.shape[1], self.block.collect.bias
+        image = _image(f, shape)
+        mask = self.block.hard_spatial_mask(image)
+        line, column = mask[0, 0].nonzero().unbind(1)  # of the M important pixels
+        pixel = line * width + column
+        bordered = (line + 1) * (width + 2) + column + 1  # where it is in a map with a border
+        step = torch.arange(-1, 2, device=f.device)
+        around = (bordered[:, None] + (step[:, None] * (width + 2) + step).flatten()).flatten()  # (9 M,)
+        order = F.pad(mask[0, 0], (1, 1, 1, 1)).flatten().long()
+        order = torch.where(order > 0, order.cumsum(0) - 1, pixel.shape[0])  # 0...M - 1, or M
+        source = _bordered(f.view(height, width, channels), channels)
+        thin, thins, collected = image, [], bias
+        for index, layer in enumerate(self.layers):
+            weight = self.get_buffer(f"weight_{index}").permute(2, 3, 1, 0).flatten(0, 2)  # (9 C, C)
+            full = F.relu(source.index_select(0, around).view(-1, 9 * channels) @ weight)  # (M, C)
+            collected = collected + full @ self.get_buffer(f"collect_{index}")
+            if layer.n_out:
+                thin = self.thin(index, thin)
+                thins.append(thin)
+            if index == len(self.layers) - 1:
+                break
+            if not layer.n_out:
+                rows = torch.cat([full, full.new_zeros(1, channels)])
+                source = rows.index_select(0, order)
+                continue
+            if not layer.all_dense:
+                thin = _image(_rows(thin).index_put((pixel,), full[:, : layer.n_out]), shape)
+            source = _bordered(thin[0].permute(1, 2, 0), channels).index_put((bordered,), full)
+        if thins:
+            y = _rows(F.conv2d(torch.cat(thins, 1), self.collect_dense, bias))
+        else:
+            y = bias.expand(f.shape[0], channels)
+        y = y.index_put((pixel,), collected)
+        factors = self.block.attention.weights(y.mean(0).view(1, -1, 1, 1)).view(1, -1)
+        return f + y * factors, mask
+
+
+def bicubic_weights(scale, n_colors):
+    """Bicubic upscaling as a convolution 5x5 before a shuffle of pixels: (n_colors scale^2, n_colors, 5, 5)."""
+    points = torch.eye(25).view(25, 1, 5, 5)  # what each of the pixels around the middle one adds to its s x s
+    spread = F.interpolate(points, scale_factor=scale, mode="bicubic", align_corners=False)
+    middle = slice(2 * scale, 3 * scale)
+    kernel = spread[:, 0, middle, middle].reshape(5, 5, -1).permute(2, 0, 1)  # (s^2, 5, 5)
+    weights = torch.zeros(n_colors, scale**2, n_colors, 5, 5)
+    for color in range(n_colors):
+        weights[color, :, color] = kernel
+    return weights.flatten(0, 1)
+
+
+def _replicated(x, before, below, right):
+    """x (N, C, H, W) with its outermost lines again: `before` of them above and to the left, others below and right."""
+    lines, columns = (torch.arange(-before, x.shape[d] + more, device=x.device) for d, more in ((2, below), (3, right)))
+    x = x.index_select(2, lines.clamp(min=0).clamp(max=x.shape[2] - 1))
+    return x.index_select(3, columns.clamp(min=0).clamp(max=x.shape[3] - 1))
+
+
+def _bordered(image, channels):
+    """(H, W, C') -> rows ((H + 2)(W + 2), channels): zeros around it, and behind its own channels."""
+    return F.pad(image, (0, channels - image.shape[2], 1, 1, 1, 1)).view(-1, channels)
+
+
+def _rows(image):
+    """(1, C, H, W) -> (H W, C)"""
+    return image[0].permute(1, 2, 0).reshape(-1, image.shape[1])
+
+
+def _image(rows, shape):
+    """The reverse."""
+    return rows.view(1, *shape, rows.shape[1]).permute(0, 3, 1, 2)
