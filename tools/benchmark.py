@@ -4,6 +4,7 @@
     python tools/benchmark.py --pre_train WEIGHTS --size 360x640 --batch 8 --device cuda --precision half
     python tools/benchmark.py train --help      the steps of a training
     python tools/benchmark.py data --help       the reading of training patches
+    python tools/benchmark.py onnx --help       exported networks in ONNX Runtime
 
 All run in one process on the same images and in turns, after a warm-up; times are medians. The dense network is the
 hardest opponent: all its pixels are important and all its channels dense, no mask is computed or applied, and no
@@ -276,7 +277,7 @@ def read_images(args, n_colors):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["train"], ["data"]):
+    if argv[:1] in (["train"], ["data"], ["onnx"]):
         return importlib.import_module(f"tools.benchmark_{argv[0]}").main(argv[1:])
     args = parse(argv)
     if args.plot and args.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
