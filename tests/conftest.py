@@ -1,6 +1,7 @@
 """Fixtures: small networks, small sets of images on the disk, and the reference data where it is at hand."""
 
 import os
+import shutil
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -54,3 +55,17 @@ def make_set(tmp_path):
         return tmp_path / "data"
 
     return make
+
+
+@pytest.fixture
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("needs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    for flag in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"):
+        options.add_argument(f"--{flag}")
+    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield browser
+    browser.quit()

@@ -1,0 +1,80 @@
+import base64
+import threading
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from data.image import write_png
+from tools.export_onnx import main as export
+from tools.serve_web import FOLDER, build_server
+from utility import InputError
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+needs_runtime = pytest.mark.skipif(
+    not (FOLDER / "node_modules/onnxruntime-web").is_dir(), reason="needs npm install --prefix tools/web"
+)
+
+
+@pytest.fixture
+def page(tmp_path, tiny, browser):
+    """The browser at the page, and what tells of it."""
+    torch.save(tiny.state_dict(), tmp_path / "w.pt")
+    export(["--pre_train", str(tmp_path / "w.pt"), "--output", str(tmp_path / "w.onnx")])
+    server = build_server(tmp_path / "w.onnx", port=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    browser.get(f"http://localhost:{server.server_port}")
+    yield browser
+    server.shutdown()
+    server.server_close()
+
+
+def status(page):
+    return page.find_element("id", "status").text
+
+
+def wait_for(page, condition):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(page, 60).until(lambda page: condition(status(page)), f"the page says {status(page)!r}")
+
+
+@needs_runtime
+def test_an_image_is_upscaled_in_the_browser(page, tmp_path, tiny):
+    image = np.random.default_rng(0).integers(0, 256, (23, 36, 3), dtype=np.uint8)
+    write_png(tmp_path / "photo.png", image)
+    wait_for(page, lambda said: said.startswith("ready"))
+    assert page.execute_script("return crossOriginIsolated")  # else there would be one thread
+    page.find_element("id", "file").send_keys(str(tmp_path / "photo.png"))
+    wait_for(page, lambda said: "36x23 to 72x46 in" in said)
+    link = page.find_element("id", "save")
+    assert link.get_attribute("download") == "photo_x2_SR.png"
+    sr = iio.imread(base64.b64decode(link.get_attribute("href").split(",")[1]))[..., :3]
+    expected, _ = tiny.eval().inference(torch.tensor(image).permute(2, 0, 1)[None].float(), "sparse")
+    expected = expected[0].permute(1, 2, 0).clamp(0, 255).round().numpy()
+    assert np.abs(sr - expected).max() <= 2
+    page.execute_script(
+        "const p = document.getElementById('position'); p.value = 20; p.dispatchEvent(new Event('input'))"
+    )
+    assert "20%" in page.find_element("id", "sr").value_of_css_property("clip-path")
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+@needs_runtime
+def test_what_is_no_image_is_told(page, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    wait_for(page, lambda said: said.startswith("ready"))
+    page.find_element("id", "file").send_keys(str(tmp_path / "text.png"))
+    wait_for(page, lambda said: "text.png: is no image that this browser reads" in said)
+    assert page.find_element("id", "file").is_enabled()
+
+
+def test_mistakes_are_named(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"absent\.onnx: no such file"):
+        build_server(tmp_path / "absent.onnx")
+    (tmp_path / "m.onnx").touch()
+    monkeypatch.setattr("tools.serve_web.FOLDER", tmp_path)
+    with pytest.raises(InputError, match="npm install --prefix tools/web"):
+        build_server(tmp_path / "m.onnx")
