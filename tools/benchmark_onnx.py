@@ -14,7 +14,6 @@ import functools
 import math
 from pathlib import Path
 
-import onnxruntime
 import torch
 from tqdm import tqdm
 
@@ -23,7 +22,12 @@ from model.portable import MODES
 from option import Parser, positive_int
 from tools.benchmark import CHANNELS_LAST, read_images, size, timed
 from tools.export_onnx import export
-from utility import write_json
+from utility import InputError, write_json
+
+try:
+    import onnxruntime
+except ImportError:
+    onnxruntime = None
 
 COLUMNS = ("onnx_sparse", "onnx_dense", "native_sparse", "native_dense")
 
@@ -41,7 +45,9 @@ def parse(argv):
 
 
 def measure(args):
-    """The report, a dict as it is written."""
+    """The report, a dict as it is written. Raises InputError without onnxruntime."""
+    if onnxruntime is None:
+        raise InputError("onnxruntime is not installed; pip install -r requirements-deploy.txt")
     model = load_model(args.pre_train, "SMSR").to(memory_format=CHANNELS_LAST)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from data.image import read_image, write_png
 from model import build_model, load_model
 from model.portable import MODES, bicubic_weights, build_portable
+from tools.benchmark import main as benchmark_main
 from tools.export_onnx import export, version
 from tools.export_onnx import main as export_main
 from tools.run_onnx import InputError as RunError
@@ -226,3 +228,29 @@ def test_portable_networks_need_no_exporter(tiny):
     sr, masks = build_portable(tiny.eval(), "sparse", "float")(image)
     assert sr.shape == (1, 12, 16, 3)
     assert masks.shape == (1, len(tiny.blocks), 6, 8)
+
+
+def bound_memory():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30,) * 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds the memory of a process")
+def test_too_large_an_image_is_named(folder):
+    write_png(folder / "large.png", np.zeros((4000, 4000, 3), np.uint8))
+    line = f"--model {folder}/w.onnx --input {folder}/large.png --output {folder}/out --threads 1"
+    done = subprocess.run(
+        [sys.executable, "tools/run_onnx.py", *line.split()], cwd=REPOSITORY, capture_output=True, text=True,
+        preexec_fn=bound_memory,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {folder}/large.png: not enough memory for an image of 4000x4000 pixels")
+    assert done.stderr.count("\n") == 1
+
+
+def test_exported_networks_are_timed(folder, capsys):
+    benchmark_main(["onnx", "--pre_train", "w.pt", "--images", "photos", "--repeats", "1", "--json", "out.json"])
+    report = json.loads(Path("out.json").read_text())
+    assert {"onnx_sparse_ms", "onnx_dense_ms", "native_sparse_ms", "native_dense_ms"} <= report["images"][0].keys()
+    assert len(capsys.readouterr().out.splitlines()) == 5
