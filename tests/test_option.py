@@ -66,6 +66,8 @@ def test_options_of_a_run_are_defaults_except_those_of_one_call():
         ("--lr 0", "--lr: '0' is not a number above 0"), ("--lr nan", "--lr"), ("--lr inf", "--lr"),
         ("--gclip -1", "--gclip"), ("--rgb_range 0", "--rgb_range"), ("--betas 1 0.9", "--betas: '1' .* below 1"),
         ("--seed 99999999999999999999", "--seed"), ("--chop_size 0", "--chop_size"),
+        ("--decay 5-3", "--decay: '5-3' is not in order"), ("--tau_min 2", "--tau_min 2.0: the temperature"),
+        ("--split_batch 8 --batch_size 4", "--split_batch 8: --batch_size 4"),
         ("--decay 0", "--decay"), ("--decay a-b", "--decay"), ("--data_range 5-1/1-2", "--data_range"),
         ("--data_range 1-2-3", "--data_range"), ("--data_test Set5+", "--data_test"), ("--data_test A+A", "--data_test"),  # noqa: E501
         ("--data_test ../Set5", "--data_test"), ("--data_train ..", "--data_train"),

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -100,7 +102,29 @@ def test_by_command_line(folder, tiny):
     torch.save(tiny.state_dict(), "weights.pt")
     line = "--data_test video --dir_demo clip.mp4 --pre_train weights.pt --test_only --save_results --save v --cpu"
     assert main(line.split()) == 0
-    assert read_clip("experiment/v/results-video-x2/clip_x2_SR.mp4")[1].shape == (7, 48, 64, 3)
+    target = Path("experiment/v/results-video-x2/clip_x2_SR.mp4")
+    assert read_clip(str(target))[1].shape == (7, 48, 64, 3)
+    before = target.read_bytes()
+    with pytest.raises(InputError, match=r"clip_x2_SR\.mp4: is there already; --reset makes it anew"):
+        main(line.replace("clip.mp4", "./clip.mp4").split())
+    assert target.read_bytes() == before
+    assert main([*line.split(), "--reset"]) == 0
+
+
+def test_a_video_that_is_cut_off_is_told(folder, caplog):
+    write_clip(folder / "long.avi", count=9, size=(96, 128))
+    content = (folder / "long.avi").read_bytes()
+    (folder / "long.avi").write_bytes(content[: len(content) // 2])
+    count = upscale_video(doubled, folder / "long.avi", folder / "out.mp4")
+    assert 0 < count < 9
+    assert f"only {count} of 9 frames could be decoded" in caplog.text
+
+
+def test_what_killed_processes_and_other_settings_left_is_removed_once_a_video_is_whole(folder):
+    (folder / ".out.mp4.0badcafe").mkdir()
+    (folder / ".out.1.tmp.mp4").touch()
+    upscale_video(doubled, folder / "clip.mp4", folder / "out.mp4")
+    assert sorted(path.name for path in folder.iterdir()) == ["clip.mp4", "out.mp4"]
 
 
 def test_what_is_no_video_is_named(folder):

@@ -205,3 +205,23 @@ def test_an_image_that_cannot_serve_must_leave_a_set_that_is_made_in_place(make_
     with pytest.raises(InputError, match="HR: 1 of its images cannot serve"):
         main(line.split())
     assert "small.png: 8x8" in capsys.readouterr().out
+
+
+def test_another_image_of_a_name_that_is_there_is_not_passed_over(make_set, tmp_path, capsys):
+    root = make_set(count=2, size=(40, 48))
+    other = tmp_path / "other"
+    other.mkdir()
+    iio.imwrite(other / "img0.png", np.zeros((20, 20, 3), np.uint8))
+    line = f"train --hr {other} --name Tiny --scales 2 --out {root}"
+    with pytest.raises(InputError, match="none of 1 images can serve"):
+        main(line.split())
+    assert "img0.png: is there already, of another image than" in capsys.readouterr().out
+    (other / "img0.png").rename(other / "more.png")
+    main(line.split())
+    assert "3 images; use it with" in capsys.readouterr().out
+
+
+def test_names_that_mean_something_else_are_refused(make_set, tmp_path):
+    root = make_set()
+    with pytest.raises(InputError, match="--name demo: "):
+        main(f"train --hr {root}/Tiny/HR --name demo --scales 2 --out {tmp_path}".split())
