@@ -112,7 +112,10 @@ def test_by_command_line(folder, tiny):
 
 
 def test_a_video_that_is_cut_off_is_told(folder, caplog):
-    write_clip(folder / "long.avi", count=9, size=(96, 128))
+    writer = cv2.VideoWriter("long.avi", cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
+    for _ in range(9):
+        writer.write(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    writer.release()
     content = (folder / "long.avi").read_bytes()
     (folder / "long.avi").write_bytes(content[: len(content) // 2])
     count = upscale_video(doubled, folder / "long.avi", folder / "out.mp4")
