@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -119,6 +120,18 @@ def seconds_of(run, device):
     run()
     synchronize(device)
     return time.perf_counter() - started
+
+
+_measuring = threading.RLock()
+_measured = {}
+
+
+def measured_once(key, measure):
+    """The result of measure(), which is called for the first of its `key` alone; other threads wait for it."""
+    with _measuring:
+        if key not in _measured:
+            _measured[key] = measure()
+        return _measured[key]
 
 
 def peak_memory(device):

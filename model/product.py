@@ -6,16 +6,13 @@ packed in advance, where PyTorch was built with it. So it is measured, once a dt
 """
 
 import functools
-import threading
 
 import torch
 import torch.nn.functional as F
 
-from utility import seconds_of
+from utility import measured_once, seconds_of
 
 ROWS = 1024  # rows of the products that are measured, and that packed weights are arranged for
-_measuring = threading.Lock()
-_quickest = {}
 
 
 def build_product(weight, bias=None, relu=False):
@@ -58,11 +55,7 @@ def _packed_linear(weight, bias, relu):
 
 def quickest(dtype):
     """The quickest of these ways for rows of this dtype on the CPU, with as many threads as there are now."""
-    key = dtype, torch.get_num_threads()
-    with _measuring:
-        if key not in _quickest:
-            _quickest[key] = _measured(dtype)
-        return _quickest[key]
+    return measured_once(("product", dtype, torch.get_num_threads()), lambda: _measured(dtype))
 
 
 @torch.no_grad()

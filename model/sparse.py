@@ -13,14 +13,13 @@ deny is multiplied by zero.
 """
 
 import functools
-import threading
 
 import torch
 import torch.nn.functional as F
 
 from model.common import Work, by_strips, conv_macs, strips
 from model.product import build_product
-from utility import InputError, seconds_of
+from utility import InputError, measured_once, seconds_of
 
 MODES = ("auto", "sparse", "dense")
 TILE = 180  # side of a tile on a CPU, where maps of more pixels leave the cache and the heap
@@ -318,21 +317,14 @@ def gather(source, around, space):
     return gathered.view(len(around), -1)
 
 
-_measuring = threading.Lock()
-_thresholds = {}
-
-
 def break_even(plan, f):
     """The share of important pixels above which the dense form of a module is quicker, for a map like f (., C).
 
     Measured once a device, dtype, number of channels, layers and threads, on the `BlockPlan` that asks first, in some
     tenths of a second.
     """
-    key = (f.device, f.dtype, f.shape[1], len(plan.layers), torch.get_num_threads())
-    with _measuring:
-        if key not in _thresholds:
-            _thresholds[key] = _measured_break_even(plan, f)
-        return _thresholds[key]
+    key = "break-even", f.device, f.dtype, f.shape[1], len(plan.layers), torch.get_num_threads()
+    return measured_once(key, lambda: _measured_break_even(plan, f))
 
 
 def _measured_break_even(plan, like):

@@ -41,6 +41,6 @@ def test_the_quickest_way_is_measured_once_and_may_be_missing(monkeypatch):
         raise AttributeError
 
     assert quickest(torch.float32) is quickest(torch.float32)
-    monkeypatch.setattr(product, "_quickest", {})
+    monkeypatch.setattr("utility._measured", {})
     monkeypatch.setattr(product, "_packed_linear", absent)
     assert quickest(torch.float32) in WAYS[:2]
