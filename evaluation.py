@@ -8,7 +8,8 @@ import numpy as np
 from tqdm import tqdm
 
 import distributed
-from utility import InputError, is_out_of_memory, luma, psnr, quantize, shave, ssim, synchronize
+from metrics import luma, psnr, quantize, shave, ssim
+from utility import InputError, is_out_of_memory, synchronize
 
 
 def evaluate(model, images, run=None, rgb_range=255, save=None, warm_up=True):

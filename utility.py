@@ -1,4 +1,4 @@
-"""What every part leans on: errors, logging, devices, metrics, and the folder of an experiment."""
+"""What every part leans on: errors, logging, devices, files, and the folder of an experiment."""
 
 import contextlib
 import csv
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
 import pictures
@@ -169,47 +168,6 @@ def free_in_cgroup(root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
                 used = int((folder / "memory.current").read_text()) - int(counts["inactive_file"])
                 free = min(free, int(limit) - used)
     return free
-
-
-# ---- metrics ---------------------------------------------------------------------------------------------------------
-
-
-def quantize(image, rgb_range):
-    """Image (C, H, W) in 0...rgb_range -> uint8 array (H, W, C), clamped and rounded."""
-    image = (image.float() * (255 / rgb_range)).clamp(0, 255).round()
-    return image.byte().permute(1, 2, 0).cpu().numpy()
-
-
-def luma(image):
-    """Y of BT.601 YCbCr, 16...235, as float64 (H, W), of a uint8 image (H, W, 3), or (H, W, 1): grey."""
-    weights = np.array([65.738, 129.057, 25.064]) / 256
-    return 16 + (image @ weights if image.shape[2] == 3 else image[..., 0] * weights.sum())
-
-
-def shave(image, border):
-    """Cut `border` pixels from each side of an image (H, W) or (H, W, C)."""
-    height, width = image.shape[:2]
-    return image[border : height - border, border : width - border]
-
-
-def psnr(image, reference):
-    """Peak signal-to-noise ratio in dB, peak 255; inf if the images are identical, nan if they are empty."""
-    difference = image.astype(np.float64) - reference
-    if not difference.size:
-        return math.nan
-    mse = np.mean(difference**2)
-    return math.inf if mse == 0 else float(10 * np.log10(255**2 / mse))
-
-
-def ssim(image, reference):
-    """Structural similarity of two images (H, W) in 0...255 (Wang et al. 2004); nan below 11 pixels a side."""
-    if min(image.shape) < 11:
-        return math.nan
-    return float(
-        structural_similarity(
-            image, reference, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-        )
-    )
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from data.image import read_image, write_png
-from utility import InputError, logger, quantize
+from metrics import quantize
+from utility import InputError, logger
 
 CODEC = "mp4v"
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong with a file is told by an InputError

@@ -5,7 +5,7 @@ import pytest
 
 from data import build_test_sets
 from evaluation import compare, evaluate, table
-from utility import psnr
+from metrics import psnr
 
 
 def test_benchmark_sets_are_measured_on_luma_and_others_on_rgb_too():

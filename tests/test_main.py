@@ -15,9 +15,10 @@ import torch
 
 from evaluation import compare
 from main import main
+from metrics import quantize
 from model import EDSR, SMSR
 from model.inference import self_ensemble
-from utility import Experiment, InputError, quantize
+from utility import Experiment, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = [sys.executable, str(ROOT / "main.py")]

@@ -20,9 +20,10 @@ import pictures
 from data.image import read_image
 from data.resize import crop_to_multiple, downscale, upscale
 from evaluation import compare
+from metrics import quantize
 from model import load_model
 from option import Parser, png, positive_int
-from utility import InputError, quantize, run_program, write_whole
+from utility import InputError, run_program, write_whole
 
 
 def parse(argv=None):

@@ -3,8 +3,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from metrics import quantize
 from model.edsr import EDSR
-from utility import InputError, quantize
+from utility import InputError
 
 
 def test_baseline_has_the_published_size():

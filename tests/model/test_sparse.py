@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation import at_1280x720, compare
+from metrics import quantize
 from model import load_model, sparse
 from model.common import strips
 from model.smsr import DENSE, SMM, SMSR
 from model.sparse import MODES, BlockPlan, Plan, Workspace, break_even, neighbourhoods
-from utility import InputError, quantize
+from utility import InputError
 
 
 def with_density(block, x, density):
