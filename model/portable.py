@@ -14,6 +14,7 @@ from model.sparse import Plan
 
 PIXELS = ("uint8", "float")
 MODES = ("sparse", "dense")
+ROWS = 1024  # important pixels that a sparse graph convolves at a time
 
 
 def build_portable(model, mode, pixels="uint8"):
@@ -120,10 +121,8 @@ class _Block(nn.Module):
         super().__init__()
         self.block, self.layers = plan.block, plan.layers
         for index, layer in enumerate(plan.layers):
-            self.register_buffer(f"weight_{index}", layer.weight.detach())  # (C, C, 3, 3)
             self.register_buffer(f"thin_{index}", layer.thin.detach())  # (n_out, n_in, 3, 3)
             self.register_buffer(f"collect_{index}", layer.collect_weight.T.contiguous())  # (C, C), inputs first
-        self.register_buffer("collect_dense", plan.dense_weights[:, :, None, None])  # (C, D, 1, 1)
 
     def thin(self, index, image):
         """Dense channels from dense channels everywhere: (N, n_in, H, W) -> (N, n_out, H, W)."""
@@ -136,12 +135,17 @@ class _Block(nn.Module):
 class DenseBlock(_Block):
     """Features (N, C, H, W) -> features (N, C, H, W) and the mask (N, 1, H, W)."""
 
+    def __init__(self, plan):
+        super().__init__(plan)
+        for index, layer in enumerate(plan.layers):
+            self.register_buffer(f"full_{index}", layer.weight.detach())  # (C, C, 3, 3)
+
     def forward(self, f):
         mask = self.block.hard_spatial_mask(f)
         allowed = mask.to(f.dtype)
         g, y = f, self.block.collect.bias.view(1, -1, 1, 1)
         for index, layer in enumerate(self.layers):
-            full = F.relu(F.conv2d(g, self.get_buffer(f"weight_{index}"), padding=1))
+            full = F.relu(F.conv2d(g, self.get_buffer(f"full_{index}"), padding=1))
             dense, sparse = full[:, : layer.n_out], full[:, layer.n_out :] * allowed
             if layer.n_out and not layer.all_dense:
                 dense = dense * allowed + self.thin(index, g[:, : layer.n_in]) * (1 - allowed)
@@ -153,6 +157,13 @@ class DenseBlock(_Block):
 class SparseBlock(_Block):
     """Rows of features (P, C) of the pixels (H, W) -> rows of features (P, C) and the mask (1, 1, H, W)."""
 
+    def __init__(self, plan):
+        super().__init__(plan)
+        for index, layer in enumerate(plan.layers):
+            matrix = layer.weight.detach().permute(2, 3, 1, 0).flatten(0, 2).contiguous()
+            self.register_buffer(f"full_{index}", matrix)  # (9 C, C)
+        self.register_buffer("collect_dense", plan.dense_weights.T.contiguous())  # (D, C)
+
     def forward(self, f, shape):
         height, width = shape
         channels, bias = f.shape[1], self.block.collect.bias
@@ -162,14 +173,17 @@ class SparseBlock(_Block):
         pixel = line * width + column
         bordered = (line + 1) * (width + 2) + column + 1  # where it is in a map with a border
         step = torch.arange(-1, 2, device=f.device)
-        around = (bordered[:, None] + (step[:, None] * (width + 2) + step).flatten()).flatten()  # (9 M,)
+        # A multiple of ROWS, so that they can be convolved so many at a time; those that are too many are pixel 0.
+        count = pixel.shape[0]
+        rows = torch.cat([bordered, (width + 3) * bordered.new_ones(ROWS)])[: (count // ROWS + 1) * ROWS]
+        around = (rows[:, None] + (step[:, None] * (width + 2) + step).flatten()).flatten()  # 9 for each row
         order = F.pad(mask[0, 0], (1, 1, 1, 1)).flatten().long()
-        order = torch.where(order > 0, order.cumsum(0) - 1, pixel.shape[0])  # 0...M - 1, or M
+        order = torch.where(order > 0, order.cumsum(0) - 1, count)  # 0...M - 1, or M
         source = _bordered(f.view(height, width, channels), channels)
         thin, thins, collected = image, [], bias
         for index, layer in enumerate(self.layers):
-            weight = self.get_buffer(f"weight_{index}").permute(2, 3, 1, 0).flatten(0, 2)  # (9 C, C)
-            full = F.relu(source.index_select(0, around).view(-1, 9 * channels) @ weight)  # (M, C)
+            neighbours = source.index_select(0, around).view(-1, 9 * channels)
+            full = F.relu(neighbours @ self.get_buffer(f"full_{index}"))[:count]  # (M, C)
             collected = collected + full @ self.get_buffer(f"collect_{index}")
             if layer.n_out:
                 thin = self.thin(index, thin)
@@ -184,11 +198,12 @@ class SparseBlock(_Block):
                 thin = _image(_rows(thin).index_put((pixel,), full[:, : layer.n_out]), shape)
             source = _bordered(thin[0].permute(1, 2, 0), channels).index_put((bordered,), full)
         if thins:
-            y = _rows(F.conv2d(torch.cat(thins, 1), self.collect_dense, bias))
+            y = torch.cat([_rows(thin) for thin in thins], 1) @ self.collect_dense + bias
         else:
             y = bias.expand(f.shape[0], channels)
         y = y.index_put((pixel,), collected)
-        pooled = y[None].mean(1)  # along a middle axis ONNX Runtime is quicker
+        ones = torch.ones(1, y.shape[0], device=y.device)
+        pooled = (ones @ y.float() / y.shape[0]).to(y.dtype)  # ONNX Runtime takes five times as long for y.mean(0)
         factors = self.block.attention.weights(pooled[:, :, None, None])[:, :, 0, 0]
         return f + y * factors, mask
 

@@ -20,13 +20,14 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import load_model
 from model.edsr import EDSR
-from model.portable import MODES, PIXELS, build_portable
+from model.portable import MODES, PIXELS, ROWS, build_portable
 from option import PRECISIONS, Parser
 from utility import InputError, run_program, write_whole
 
@@ -70,11 +71,63 @@ def export(model, mode="sparse", pixels="uint8", masks=False):
             dynamic_shapes=(sizes,), verbose=False,
         )  # fmt: skip
     graph = program.model_proto
+    if mode == "sparse":
+        _in_parts(graph.graph)
     if has_masks and not masks:
         del graph.graph.output[1]
     _name_sizes(graph, model.scale)
     onnx.checker.check_model(graph, full_check=True)
     return graph
+
+
+def _in_parts(graph):
+    """Have rows of neighbours gathered and multiplied ROWS at a time, so that they stay in the cache.
+
+    PyTorch 2.13 exports no loop whose length is known at run time alone. So Gather, Reshape, MatMul, Relu, wherever
+    they follow each other, become the body of a Scan.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    makers = {name: node for node in graph.node for name in node.output}
+    readers = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    graph.initializer.append(numpy_helper.from_array(np.array([-1, 9 * ROWS]), "part_shape"))
+    for node in [node for node in graph.node if node.op_type == "MatMul"]:
+        reshape = makers.get(node.input[0])
+        gather = makers.get(reshape.input[0]) if reshape is not None and reshape.op_type == "Reshape" else None
+        if gather is None or gather.op_type != "Gather":
+            continue
+        (relu,) = readers[node.output[0]]
+        name = relu.output[0]
+        body = helper.make_graph(
+            [
+                helper.make_node("Gather", [gather.input[0], f"{name}_around"], [f"{name}_gathered"], axis=0),
+                helper.make_node("Reshape", [f"{name}_gathered", reshape.input[1]], [f"{name}_rows"]),
+                helper.make_node("MatMul", [f"{name}_rows", node.input[1]], [f"{name}_product"]),
+                helper.make_node("Relu", [f"{name}_product"], [f"{name}_part"]),
+            ],
+            f"{name}_body",
+            [helper.make_tensor_value_info(f"{name}_around", TensorProto.INT64, [9 * ROWS])],
+            [helper.make_tensor_value_info(f"{name}_part", _type_of(graph, name), [ROWS, None])],
+        )
+        new = [
+            helper.make_node("Reshape", [gather.input[1], "part_shape"], [f"{name}_parts"]),
+            helper.make_node("Scan", [f"{name}_parts"], [f"{name}_stacked"], body=body, num_scan_inputs=1),
+            helper.make_node("Reshape", [f"{name}_stacked", f"{name}_flat"], [name]),
+        ]
+        channels = next(w for w in graph.initializer if w.name == node.input[1]).dims[1]
+        graph.initializer.append(numpy_helper.from_array(np.array([-1, channels]), f"{name}_flat"))
+        place = list(graph.node).index(relu)
+        for old in (gather, reshape, node, relu):
+            graph.node.remove(old)
+        for index, added in enumerate(new):
+            graph.node.insert(place - 3 + index, added)
+
+
+def _type_of(graph, name):
+    return next(value.type.tensor_type.elem_type for value in graph.value_info if value.name == name)
 
 
 def _name_sizes(graph, scale):
