@@ -29,6 +29,7 @@ OF_TESTS = ("chop", "self_ensemble", "save_results", "save_masks")
 OF_MODELS = (
     "model", "scale", "n_feats", "n_blocks", "n_layers", "n_resblocks", "res_scale", "n_colors", "rgb_range",
 )  # fmt: skip
+OF_NO_SET = ("demo", "video")  # names of --data_test that stand for files of the user
 OF_1000_EPOCHS = {"decay": [200], "tau_epochs": 500, "lambda_warmup": 50}  # the paper's schedules
 OnOff = argparse.BooleanOptionalAction  # a run that goes on may do without
 PRECISIONS = {"single": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
@@ -256,7 +257,7 @@ def _check(args):
         for name in OF_TESTS:
             if getattr(args, name):
                 raise InputError(f"--{name} is for --test_only; leave it out of a training")
-        for name in ("demo", "video"):
+        for name in OF_NO_SET:
             if name in args.data_test:
                 raise InputError(f"--data_test {name} has no HR images to measure a training by; add --test_only")
     if "video" in args.data_test:

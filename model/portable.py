@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.edsr import EDSR
-from model.sparse import Plan
+from model.sparse import Plan, to_image, to_matrix, to_rows
 
 PIXELS = ("uint8", "float")
 MODES = ("sparse", "dense")
@@ -21,97 +21,6 @@ def build_portable(model, mode, pixels="uint8"):
     """The `Portable` of an SMSR, or of an EDSR, which is dense."""
     network = PortableEDSR if isinstance(model, EDSR) else {"sparse": PortableSparse, "dense": PortableDense}[mode]
     return network(model, pixels).eval()
-
-
-class Portable(nn.Module):
-    """A network whose images are (N, H, W, n_colors) in 0...255, as readers of image files give them.
-
-    Args:
-        model: of the package `model`, in eval mode, with an rgb_range of 255
-        pixels: "uint8": whole numbers go in and out; "float": those of the model's precision, not clamped
-
-    Returns SR images (N, scale H, scale W, n_colors) and the masks of an SMSR, uint8 (N, K, H, W), 1 where important.
-    """
-
-    multiple = 1  # of which the network wants height and width
-
-    def __init__(self, model, pixels="uint8"):
-        super().__init__()
-        self.model, self.pixels, self.scale = model, pixels, model.scale
-
-    def forward(self, image):
-        height, width = image.shape[1:3]
-        x = image.permute(0, 3, 1, 2).to(self.model.mean.dtype) - self.model.mean
-        x = _replicated(x, 0, height % self.multiple, width % self.multiple)
-        sr, masks = self.run(x)
-        sr = (sr + self.model.mean)[..., : height * self.scale, : width * self.scale].permute(0, 2, 3, 1)
-        if self.pixels == "uint8":
-            sr = sr.clamp(0, 255).round().to(torch.uint8)
-        if not masks:
-            return sr
-        return sr, torch.cat(masks, 1)[..., :height, :width].to(torch.uint8)
-
-
-class PortableEDSR(Portable):
-    """EDSR."""
-
-    def run(self, x):
-        head = self.model.head(x)
-        return self.model.tail(head + self.model.body(head)), ()
-
-
-class PortableSMSR(Portable):
-    """What both forms of an SMSR share."""
-
-    multiple = 2
-
-    def __init__(self, model, pixels="uint8"):
-        super().__init__(model, pixels)
-        self.plans = Plan(model).blocks
-        for k, weight in enumerate(model.collect[0].weight.detach().chunk(len(self.plans), 1)):
-            self.register_buffer(f"collect_{k}", weight[:, :, 0, 0].T.contiguous())  # (C, C), inputs first
-        self.register_buffer("bicubic", bicubic_weights(model.scale, model.mean.shape[1]).to(model.mean))
-
-    def reconstruct(self, f, x):
-        """Features (N, C, H, W) and the input less its mean -> SR less the mean (N, n_colors, scale H, scale W)."""
-        upscaled = F.conv2d(_replicated(x, 2, 2, 2), self.bicubic)
-        return self.model.tail[1](self.model.tail[0](f) + upscaled)
-
-
-class PortableDense(PortableSMSR):
-    """Nothing is skipped: everything is convolved, then what the masks deny is multiplied by zero."""
-
-    def __init__(self, model, pixels="uint8"):
-        super().__init__(model, pixels)
-        self.blocks = nn.ModuleList(DenseBlock(plan) for plan in self.plans)
-
-    def run(self, x):
-        head = f = self.model.head(x)
-        total, masks = self.model.collect[0].bias.view(1, -1, 1, 1), []
-        for k, block in enumerate(self.blocks):
-            f, mask = block(f)
-            masks.append(mask)
-            total = total + F.conv2d(f, self.get_buffer(f"collect_{k}").T[:, :, None, None])
-        return self.reconstruct(head + self.model.collect[2](F.relu(total)), x), masks
-
-
-class PortableSparse(PortableSMSR):
-    """Masked work is skipped. One image at a time."""
-
-    def __init__(self, model, pixels="uint8"):
-        super().__init__(model, pixels)
-        self.blocks = nn.ModuleList(SparseBlock(plan) for plan in self.plans)
-
-    def run(self, x):
-        head = self.model.head(x)  # (1, C, H, W)
-        f = _rows(head)  # (P, C)
-        total, masks = self.model.collect[0].bias, []
-        for k, block in enumerate(self.blocks):
-            f, mask = block(f, head.shape[2:])
-            masks.append(mask)
-            total = total + f @ self.get_buffer(f"collect_{k}")
-        f = head + self.model.collect[2](F.relu(_image(total, head.shape[2:])))
-        return self.reconstruct(f, x), masks
 
 
 class _Block(nn.Module):
@@ -160,14 +69,13 @@ class SparseBlock(_Block):
     def __init__(self, plan):
         super().__init__(plan)
         for index, layer in enumerate(plan.layers):
-            matrix = layer.weight.detach().permute(2, 3, 1, 0).flatten(0, 2).contiguous()
-            self.register_buffer(f"full_{index}", matrix)  # (9 C, C)
+            self.register_buffer(f"full_{index}", to_matrix(layer.weight.detach()).T.contiguous())  # (9 C, C)
         self.register_buffer("collect_dense", plan.dense_weights.T.contiguous())  # (D, C)
 
     def forward(self, f, shape):
         height, width = shape
         channels, bias = f.shape[1], self.block.collect.bias
-        image = _image(f, shape)
+        image = to_image(f, (1, *shape))
         mask = self.block.hard_spatial_mask(image)
         line, column = mask[0, 0].nonzero().unbind(1)  # of the M important pixels
         pixel = line * width + column
@@ -195,10 +103,11 @@ class SparseBlock(_Block):
                 source = rows.index_select(0, order)
                 continue
             if not layer.all_dense:
-                thin = _image(_rows(thin).index_put((pixel,), full[:, : layer.n_out]), shape)
+                rows = to_rows(thin).index_put((pixel,), full[:, : layer.n_out])
+                thin = to_image(rows, (1, *shape))
             source = _bordered(thin[0].permute(1, 2, 0), channels).index_put((bordered,), full)
         if thins:
-            y = torch.cat([_rows(thin) for thin in thins], 1) @ self.collect_dense + bias
+            y = torch.cat([to_rows(thin) for thin in thins], 1) @ self.collect_dense + bias
         else:
             y = bias.expand(f.shape[0], channels)
         y = y.index_put((pixel,), collected)
@@ -206,6 +115,93 @@ class SparseBlock(_Block):
         pooled = (ones @ y.float() / y.shape[0]).to(y.dtype)  # ONNX Runtime takes five times as long for y.mean(0)
         factors = self.block.attention.weights(pooled[:, :, None, None])[:, :, 0, 0]
         return f + y * factors, mask
+
+
+class Portable(nn.Module):
+    """A network whose images are (N, H, W, n_colors) in 0...255, as readers of image files give them.
+
+    Args:
+        model: of the package `model`, in eval mode, with an rgb_range of 255
+        pixels: "uint8": whole numbers go in and out; "float": those of the model's precision, not clamped
+
+    Returns SR images (N, scale H, scale W, n_colors) and the masks of an SMSR, uint8 (N, K, H, W), 1 where important.
+    """
+
+    multiple = 1  # of which the network wants height and width
+
+    def __init__(self, model, pixels="uint8"):
+        super().__init__()
+        self.model, self.pixels, self.scale = model, pixels, model.scale
+
+    def forward(self, image):
+        height, width = image.shape[1:3]
+        x = image.permute(0, 3, 1, 2).to(self.model.mean.dtype) - self.model.mean
+        x = _replicated(x, 0, height % self.multiple, width % self.multiple)
+        sr, masks = self.run(x)
+        sr = (sr + self.model.mean)[..., : height * self.scale, : width * self.scale].permute(0, 2, 3, 1)
+        if self.pixels == "uint8":
+            sr = sr.clamp(0, 255).round().to(torch.uint8)
+        if not masks:
+            return sr
+        return sr, torch.cat(masks, 1)[..., :height, :width].to(torch.uint8)
+
+
+class PortableEDSR(Portable):
+    """EDSR."""
+
+    def run(self, x):
+        head = self.model.head(x)
+        return self.model.tail(head + self.model.body(head)), ()
+
+
+class PortableSMSR(Portable):
+    """What both forms of an SMSR share; they differ in their modules, of the class `block`."""
+
+    multiple = 2
+
+    def __init__(self, model, pixels="uint8"):
+        super().__init__(model, pixels)
+        self.blocks = nn.ModuleList(self.block(plan) for plan in Plan(model).blocks)
+        for k, weight in enumerate(model.collect[0].weight.detach().chunk(len(self.blocks), 1)):
+            self.register_buffer(f"collect_{k}", weight[:, :, 0, 0].T.contiguous())  # (C, C), inputs first
+        self.register_buffer("bicubic", bicubic_weights(model.scale, model.mean.shape[1]).to(model.mean))
+
+    def reconstruct(self, f, x):
+        """Features (N, C, H, W) and the input less its mean -> SR less the mean (N, n_colors, scale H, scale W)."""
+        upscaled = F.conv2d(_replicated(x, 2, 2, 2), self.bicubic)
+        return self.model.tail[1](self.model.tail[0](f) + upscaled)
+
+
+class PortableDense(PortableSMSR):
+    """Nothing is skipped: everything is convolved, then what the masks deny is multiplied by zero."""
+
+    block = DenseBlock
+
+    def run(self, x):
+        head = f = self.model.head(x)
+        total, masks = self.model.collect[0].bias.view(1, -1, 1, 1), []
+        for k, block in enumerate(self.blocks):
+            f, mask = block(f)
+            masks.append(mask)
+            total = total + F.conv2d(f, self.get_buffer(f"collect_{k}").T[:, :, None, None])
+        return self.reconstruct(head + self.model.collect[2](F.relu(total)), x), masks
+
+
+class PortableSparse(PortableSMSR):
+    """Masked work is skipped. One image at a time."""
+
+    block = SparseBlock
+
+    def run(self, x):
+        head = self.model.head(x)  # (1, C, H, W)
+        f = to_rows(head)  # (P, C)
+        total, masks = self.model.collect[0].bias, []
+        for k, block in enumerate(self.blocks):
+            f, mask = block(f, head.shape[2:])
+            masks.append(mask)
+            total = total + f @ self.get_buffer(f"collect_{k}")
+        f = head + self.model.collect[2](F.relu(to_image(total, (1, *head.shape[2:]))))
+        return self.reconstruct(f, x), masks
 
 
 def bicubic_weights(scale, n_colors):
@@ -230,13 +226,3 @@ def _replicated(x, before, below, right):
 def _bordered(image, channels):
     """(H, W, C') -> rows ((H + 2)(W + 2), channels): zeros around it, and behind its own channels."""
     return F.pad(image, (0, channels - image.shape[2], 1, 1, 1, 1)).view(-1, channels)
-
-
-def _rows(image):
-    """(1, C, H, W) -> (H W, C)"""
-    return image[0].permute(1, 2, 0).reshape(-1, image.shape[1])
-
-
-def _image(rows, shape):
-    """The reverse."""
-    return rows.view(1, *shape, rows.shape[1]).permute(0, 3, 1, 2)

@@ -51,7 +51,7 @@ class Plan:
         n_feats = model.head[-1].out_channels
         self.blocks = [BlockPlan(block, n_feats, f"blocks.{k}") for k, block in enumerate(model.blocks)]
         _check_shape("collect.0.weight", model.collect[0].weight, (n_feats, n_feats * len(self.blocks), 1, 1))
-        self.collect = [build_product(_matrix(w)) for w in model.collect[0].weight.chunk(len(self.blocks), 1)]
+        self.collect = [build_product(to_matrix(w)) for w in model.collect[0].weight.chunk(len(self.blocks), 1)]
         self.n_feats, self.head_macs = n_feats, conv_macs(model.head)
         self.fixed_macs = self.head_macs + conv_macs(model.collect) + conv_macs(model.tail)
         self._spaces = []  # workspaces that no call is using
@@ -76,17 +76,17 @@ class Plan:
         y = space.rows("module", pixels + 1, channels, x)
         total = space.rows("collected", pixels, channels, x)
         f[pixels] = 0
-        by_strips(model.head, x, cuts, halo=2, out=_image(f[:pixels], shape))
-        head = None if frugal else _image(f[:pixels], shape).clone()  # (N, C, H, W)
+        by_strips(model.head, x, cuts, halo=2, out=to_image(f[:pixels], shape))
+        head = None if frugal else to_image(f[:pixels], shape).clone()  # (N, C, H, W)
         works = []
         for plan, collect in zip(self.blocks, self.collect, strict=True):
             works.append(plan(f, y, shape, cuts, mode, space))
-            factors = plan.attention(_image(y[:pixels], shape).mean((2, 3), keepdim=True))  # (N, C, 1, 1)
+            factors = plan.attention(to_image(y[:pixels], shape).mean((2, 3), keepdim=True))  # (N, C, 1, 1)
             for image, factor in enumerate(factors.view(n, channels)):
                 for part in _parts(image * height * width, (image + 1) * height * width, 8 * ROWS):
                     f[part].addcmul_(y[part], factor)
                     _accumulate(total[part], collect(f[part]), first_time=len(works) == 1)
-        total = _image(total.add_(model.collect[0].bias).relu_(), shape)
+        total = to_image(total.add_(model.collect[0].bias).relu_(), shape)
         sr = model.upsample(x)
         for cut in cuts:
             near = cut.widened(2, height)  # as far as collect[2] and the tail see
@@ -130,7 +130,7 @@ class BlockPlan:
             self.layers.append(LayerPlan(conv.weight[order][:, order_in], collect[layer][:, order], n_in, n_out))
             n_in, order_in = n_out, order
         # What a pixel that is not important collects, of its D dense channels.
-        self.dense_weights = torch.cat([_matrix(w[:, dense[:, i]]) for i, w in enumerate(collect)], 1)  # (C, D)
+        self.dense_weights = torch.cat([to_matrix(w[:, dense[:, i]]) for i, w in enumerate(collect)], 1)  # (C, D)
         self.n_dense = self.dense_weights.shape[1]
         self.collect_dense = build_product(self.dense_weights, block.collect.bias.detach())
         self.dense_share = dense.float().mean().item()
@@ -145,7 +145,7 @@ class BlockPlan:
 
     def __call__(self, f, y, shape, cuts, mode, space):
         """Map of features f (P + 1, C) -> map y (P + 1, C), overwritten, and the `Work`; shape is (N, H, W)."""
-        image = _image(f[:-1], shape)
+        image = to_image(f[:-1], shape)
         mask = by_strips(self.block.hard_spatial_mask, image, cuts, halo=6)[:, 0]  # (N, H, W)
         important = int(mask.sum())
         packed = important < break_even(self, f) * mask.numel() if mode == "auto" else mode == "sparse"
@@ -169,7 +169,7 @@ class BlockPlan:
         place[pixel] = torch.arange(count, device=f.device)
         around = neighbourhoods(mask, pixel)  # (M, 9)
         rows = torch.where(around == pixels, outside, around + start) if outside > pixels else around
-        source, image = f, _image(f[start : start + pixels], mask.shape)
+        source, image = f, to_image(f[start : start + pixels], mask.shape)
         g = space.rows("map", pixels + 1, channels, f) if outside > pixels else y  # y is written last
         full = space.rows("full", count + 1, channels, f)  # of a layer; the last one stays zero
         full[count] = 0
@@ -180,7 +180,7 @@ class BlockPlan:
         for index, layer in enumerate(self.layers):
             n_out = layer.n_out
             if n_out:
-                thin = _rows(layer.run_thin(image))  # (P, n_out)
+                thin = to_rows(layer.run_thin(image))  # (P, n_out)
                 everywhere[:, first : first + n_out] = thin[own]
                 first += n_out
                 executed += pixels * layer.thin.numel()
@@ -198,7 +198,7 @@ class BlockPlan:
                 if not layer.all_dense:
                     thin.index_copy_(0, pixel, full[:count, :n_out])
                 g[:pixels, :n_out] = thin
-                image = _image(thin, mask.shape)
+                image = to_image(thin, mask.shape)
         y[inner.start : inner.stop] = self.collect_dense(everywhere)
         target = pixel + start
         if len(inner) < pixels:
@@ -212,7 +212,7 @@ class BlockPlan:
         pixels = mask.numel()
         out = y[inner.start : inner.stop]
         own = slice(inner.start - start, inner.stop - start)
-        image = _image(f[start : start + pixels], mask.shape)
+        image = to_image(f[start : start + pixels], mask.shape)
         allowed = mask[:, None].to(f.dtype)  # (n, 1, h, w)
         denied = 1 - allowed
         executed = 0
@@ -227,7 +227,7 @@ class BlockPlan:
                 if n_out:
                     image[:, :n_out].addcmul_(layer.run_thin(thin[:, : layer.n_in]), denied)
                     executed += pixels * layer.thin.numel()
-            _accumulate(out, layer.collect(_rows(image)[own]), first_time=index == 0)
+            _accumulate(out, layer.collect(to_rows(image)[own]), first_time=index == 0)
         out += self.block.collect.bias
         return executed
 
@@ -261,9 +261,9 @@ class LayerPlan:
         # Everywhere, dense outputs from dense inputs; at important pixels all outputs, or those that are not the same.
         self.thin = weight[:n_out, :n_in].contiguous(memory_format=torch.channels_last)
         self.from_output = n_out // VECTOR * VECTOR if self.all_dense else 0
-        full = _matrix(self.weight[self.from_output :])  # (C', 9 C)
+        full = to_matrix(self.weight[self.from_output :])  # (C', 9 C)
         self.full, self.full_macs = build_product(full, relu=True), full.numel()
-        self.collect_weight = _matrix(collect)  # (C, C)
+        self.collect_weight = to_matrix(collect)  # (C, C)
         self.collect = build_product(self.collect_weight)
 
     def run_thin(self, image):
@@ -358,7 +358,7 @@ def _accumulate(total, addend, first_time):
         total.add_(addend)
 
 
-def _matrix(weight):
+def to_matrix(weight):
     """Weights of a convolution (C', C, h, w) -> (C', h w C), in the order of channels-last memory."""
     return weight.permute(0, 2, 3, 1).flatten(1).contiguous()
 
@@ -368,12 +368,12 @@ def _take(source, index):
     return source.index_select(0, index.flatten()).view(*index.shape, *source.shape[1:])
 
 
-def _image(rows, shape):
+def to_image(rows, shape):
     """Rows (n h w, C) of the pixels (n, h, w) -> the image (n, C, h, w), channels-last; the same memory."""
     return rows.view(*shape, rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def _rows(image):
+def to_rows(image):
     """The reverse: (n, C, h, w) -> (n h w, C); a copy only if the image is not channels-last."""
     return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
 

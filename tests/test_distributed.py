@@ -81,13 +81,19 @@ def test_two_processes_measure_as_one(folder, tiny):
         assert np.array_equal(*(iio.imread(folder / f"{row['name']}_x2_SR.png") for folder in folders))
 
 
-def test_a_process_that_is_lost_ends_the_others_and_the_run_goes_on(folder):
+def long_training():
+    """torchrun and its two processes, which have finished an epoch."""
     line = f"{TRAIN} --n_feats 8 --n_blocks 2 --n_layers 2 --epochs 100000"
     process = subprocess.Popen(
         [*TORCHRUN, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     while not Path("experiment/run/log.csv").exists():
         assert process.poll() is None
+    return process
+
+
+def test_a_process_that_is_lost_ends_the_others_and_the_run_goes_on(folder):
+    process = long_training()
     helper = next(pid for pid in children(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(helper, signal.SIGKILL)
     printed, _ = process.communicate(timeout=120)
@@ -98,12 +104,7 @@ def test_a_process_that_is_lost_ends_the_others_and_the_run_goes_on(folder):
 
 
 def test_sigterm_to_all_processes_saves_though_torchrun_hands_it_on(folder):
-    line = f"{TRAIN} --n_feats 8 --n_blocks 2 --n_layers 2 --epochs 100000"
-    process = subprocess.Popen(
-        [*TORCHRUN, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    while not Path("experiment/run/log.csv").exists():
-        assert process.poll() is None
+    process = long_training()
     for pid in (*children(process.pid), process.pid):
         os.kill(pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)

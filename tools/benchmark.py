@@ -28,8 +28,8 @@ import ctypes
 import functools
 import gc
 import importlib
-import math
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -58,20 +58,25 @@ MEANS = ("speedup", "speedup_plain", "mac_ratio", "efficiency")  # of which geom
 
 def parse(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pre_train", required=True, help="weights of an SMSR")
-    images = parser.add_mutually_exclusive_group()
-    images.add_argument("--images", type=Path, metavar="DIR", help="LR images (default: those of the Sample set)")
-    images.add_argument("--size", type=size, metavar="HxW", help="one LR image of this size, a mirrored photograph")
+    add_common(parser)
     parser.add_argument("--batch", type=positive_int, default=1, help="so many copies of an image at a time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--precision", choices=PRECISIONS, default="single", help="numbers of all networks")
-    parser.add_argument("--threads", type=positive_int, help="of the CPU (default: PyTorch's choice)")
-    parser.add_argument("--repeats", type=positive_int, default=11, help="timed runs of each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="plot time against mask density, shifted on the first image"
     )
     return parser.parse_args(argv)
+
+
+def add_common(parser):
+    """The options that benchmarks of inference share."""
+    parser.add_argument("--pre_train", required=True, help="weights of an SMSR")
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--images", type=Path, metavar="DIR", help="LR images (default: those of the Sample set)")
+    images.add_argument("--size", type=size, metavar="HxW", help="one LR image of this size, a mirrored photograph")
+    parser.add_argument("--threads", type=positive_int, help="of the CPU (default: PyTorch's choice)")
+    parser.add_argument("--repeats", type=positive_int, default=11, help="timed runs of each")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
 
 
 def size(text):
@@ -306,7 +311,7 @@ def main(argv=None):
         "images": images,
     }
     for column in MEANS:
-        report[f"geomean_{column}"] = math.exp(sum(math.log(image[column]) for image in images) / len(images))
+        report[f"geomean_{column}"] = statistics.geometric_mean(image[column] for image in images)
     print("\n".join(table(report)))
     if args.json:
         write_json(args.json, report)

@@ -11,16 +11,15 @@ deny by zero (--mode dense of tools/export_onnx.py, --inference dense of main.py
 
 import argparse
 import functools
-import math
-from pathlib import Path
+import statistics
 
 import torch
 from tqdm import tqdm
 
 from model import load_model
 from model.portable import MODES
-from option import Parser, positive_int
-from tools.benchmark import CHANNELS_LAST, read_images, size, timed
+from option import Parser
+from tools.benchmark import CHANNELS_LAST, add_common, read_images, timed
 from tools.export_onnx import export
 from utility import InputError, write_json
 
@@ -34,13 +33,7 @@ COLUMNS = ("onnx_sparse", "onnx_dense", "native_sparse", "native_dense")
 
 def parse(argv):
     parser = Parser(prog="benchmark.py onnx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pre_train", required=True, help="weights of an SMSR")
-    images = parser.add_mutually_exclusive_group()
-    images.add_argument("--images", type=Path, metavar="DIR", help="LR images (default: those of the Sample set)")
-    images.add_argument("--size", type=size, metavar="HxW", help="one LR image of this size, a mirrored photograph")
-    parser.add_argument("--threads", type=positive_int, help="of the CPU (default: PyTorch's choice)")
-    parser.add_argument("--repeats", type=positive_int, default=11, help="timed runs of each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    add_common(parser)
     return parser.parse_args(argv)
 
 
@@ -70,7 +63,7 @@ def measure(args):
     report = {"threads": torch.get_num_threads(), "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
     report["images"] = images
     for key in ("speedup", "of_native"):
-        report[f"geomean_{key}"] = math.exp(sum(math.log(row[key]) for row in images) / len(images))
+        report[f"geomean_{key}"] = statistics.geometric_mean(row[key] for row in images)
     return report
 
 

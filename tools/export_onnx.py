@@ -88,6 +88,7 @@ def _in_parts(graph):
     """
     from onnx import TensorProto, helper, numpy_helper
 
+    weights = {tensor.name: tensor for tensor in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
     readers = {}
     for node in graph.node:
@@ -100,7 +101,7 @@ def _in_parts(graph):
         if gather is None or gather.op_type != "Gather":
             continue
         (relu,) = readers[node.output[0]]
-        name = relu.output[0]
+        name, weight = relu.output[0], weights[node.input[1]]  # (9 C, C)
         body = helper.make_graph(
             [
                 helper.make_node("Gather", [gather.input[0], f"{name}_around"], [f"{name}_gathered"], axis=0),
@@ -110,24 +111,19 @@ def _in_parts(graph):
             ],
             f"{name}_body",
             [helper.make_tensor_value_info(f"{name}_around", TensorProto.INT64, [9 * ROWS])],
-            [helper.make_tensor_value_info(f"{name}_part", _type_of(graph, name), [ROWS, None])],
+            [helper.make_tensor_value_info(f"{name}_part", weight.data_type, [ROWS, weight.dims[1]])],
         )
         new = [
             helper.make_node("Reshape", [gather.input[1], "part_shape"], [f"{name}_parts"]),
             helper.make_node("Scan", [f"{name}_parts"], [f"{name}_stacked"], body=body, num_scan_inputs=1),
             helper.make_node("Reshape", [f"{name}_stacked", f"{name}_flat"], [name]),
         ]
-        channels = next(w for w in graph.initializer if w.name == node.input[1]).dims[1]
-        graph.initializer.append(numpy_helper.from_array(np.array([-1, channels]), f"{name}_flat"))
+        graph.initializer.append(numpy_helper.from_array(np.array([-1, weight.dims[1]]), f"{name}_flat"))
         place = list(graph.node).index(relu)
         for old in (gather, reshape, node, relu):
             graph.node.remove(old)
         for index, added in enumerate(new):
             graph.node.insert(place - 3 + index, added)
-
-
-def _type_of(graph, name):
-    return next(value.type.tensor_type.elem_type for value in graph.value_info if value.name == name)
 
 
 def _name_sizes(graph, scale):

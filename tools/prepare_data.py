@@ -24,11 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.benchmark import lr_names
 from data.image import image_size, list_images, read_image, write_png
 from data.resize import crop_to_multiple, downscale
-from option import Parser, plain_name, positive_int
+from option import OF_NO_SET, Parser, plain_name, positive_int
 from tools import check_data, unpack_div2k
 from utility import InputError, in_parallel, run_program
-
-RESERVED = ("demo", "video")
 
 
 def parse(argv=None):
@@ -61,7 +59,7 @@ def parse(argv=None):
 def make(args):
     """Make a set to train or to measure on."""
     benchmark = args.command == "benchmark"
-    if args.name in RESERVED:
+    if args.name in OF_NO_SET:
         raise InputError(f"--name {args.name}: main.py means something else by it; choose another")
     root = args.out / "benchmark" / args.name if benchmark else args.out / args.name
     sources = _sources(args.hr)
