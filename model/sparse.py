@@ -186,8 +186,9 @@ class BlockPlan:
                 executed += pixels * layer.thin.numel()
             for part in _parts(0, count, ROWS):
                 full[part, layer.from_output :] = layer.full(gather(source, rows[part], space))
-                if layer.from_output:
-                    full[part, : layer.from_output] = _take(thin, pixel[part])[:, : layer.from_output]
+            if layer.from_output:
+                full[:count, : layer.from_output] = _take(thin, pixel)[:, : layer.from_output]
+            for part in _parts(0, count, 8 * ROWS):
                 _accumulate(collected[part], layer.collect(full[part]), first_time=index == 0)
             executed += count * (layer.full_macs + channels**2)
             if index == len(self.layers) - 1:
