@@ -64,53 +64,65 @@ class DenseBlock(_Block):
 
 
 class SparseBlock(_Block):
-    """Rows of features (P, C) of the pixels (H, W) -> rows of features (P, C) and the mask (1, 1, H, W)."""
+    """Rows of features (P, C), and the same as an image (1, C, H, W) -> rows (P, C) and the mask (1, 1, H, W)."""
 
     def __init__(self, plan):
         super().__init__(plan)
+        channels = len(plan.layers[0].weight)
         for index, layer in enumerate(plan.layers):
             self.register_buffer(f"full_{index}", to_matrix(layer.weight.detach()).T.contiguous())  # (9 C, C)
+            self.register_buffer(f"widen_{index}", torch.eye(layer.n_out, channels).to(layer.weight))
         self.register_buffer("collect_dense", plan.dense_weights.T.contiguous())  # (D, C)
 
-    def forward(self, f, shape):
-        height, width = shape
+    def forward(self, f, image):
+        width = image.shape[3]
+        shape = image.shape[2:]
         channels, bias = f.shape[1], self.block.collect.bias
-        image = to_image(f, (1, *shape))
         mask = self.block.hard_spatial_mask(image)
         line, column = mask[0, 0].nonzero().unbind(1)  # of the M important pixels
         pixel = line * width + column
         bordered = (line + 1) * (width + 2) + column + 1  # where it is in a map with a border
-        step = torch.arange(-1, 2, device=f.device)
         # A multiple of ROWS, so that they can be convolved so many at a time; those that are too many are pixel 0.
         count = pixel.shape[0]
-        rows = torch.cat([bordered, (width + 3) * bordered.new_ones(ROWS)])[: (count // ROWS + 1) * ROWS]
-        around = (rows[:, None] + (step[:, None] * (width + 2) + step).flatten()).flatten()  # 9 for each row
-        order = F.pad(mask[0, 0], (1, 1, 1, 1)).flatten().long()
-        order = torch.where(order > 0, order.cumsum(0) - 1, count)  # 0...M - 1, or M
-        source = _bordered(f.view(height, width, channels), channels)
+        padded = (count // ROWS + 1) * ROWS
+        bordered = torch.cat([bordered, (width + 3) * bordered.new_ones(ROWS)])[:padded]
+        step = torch.arange(-1, 2, device=f.device)
+        around = (bordered[:, None] + (step[:, None] * (width + 2) + step).flatten()).flatten()  # 9 for each
+
+        # Row 0 of what is gathered from is zero, for what lies outside. In the order of the pixels follow the features,
+        # or first those of important pixels and then of all pixels their dense channels, or of important pixels alone.
+        important, number = mask.flatten() > 0, torch.arange(1, f.shape[0] + 1, device=f.device)
+        order = important.long().cumsum(0)  # 1...M
+        mixed = torch.where(important, order, padded + number)
+        alone = torch.where(important, order, 0)
+        in_features, in_mixed, in_alone = (
+            F.pad(place.view(shape), (1, 1, 1, 1)).flatten().index_select(0, around) for place in (number, mixed, alone)
+        )
+        outside = f.new_zeros(1, channels)
+        source, place = torch.cat([outside, f]), in_features
         thin, thins, collected = image, [], bias
         for index, layer in enumerate(self.layers):
-            neighbours = source.index_select(0, around).view(-1, 9 * channels)
-            full = F.relu(neighbours @ self.get_buffer(f"full_{index}"))[:count]  # (M, C)
-            collected = collected + full @ self.get_buffer(f"collect_{index}")
-            if layer.n_out:
-                thin = self.thin(index, thin)
-                thins.append(thin)
+            neighbours = source.index_select(0, place).view(-1, 9 * channels)
+            full = F.relu(neighbours @ self.get_buffer(f"full_{index}"))  # (M', C)
+            collected = torch.addmm(collected, full, self.get_buffer(f"collect_{index}"))
+            if not layer.n_out:
+                source, place = torch.cat([outside, full]), in_alone
+                continue
+            thin = self.thin(index, thin)  # (1, n_out, H, W)
+            thins.append(thin)
             if index == len(self.layers) - 1:
                 break
-            if not layer.n_out:
-                rows = torch.cat([full, full.new_zeros(1, channels)])
-                source = rows.index_select(0, order)
-                continue
+            # A product with the identity turns and widens: ONNX Runtime shares it among threads, not a transposition.
+            wide = thin[0].flatten(1).T @ self.get_buffer(f"widen_{index}")  # (P, C)
+            source, place = torch.cat([outside, full, wide]), in_mixed
             if not layer.all_dense:
-                rows = to_rows(thin).index_put((pixel,), full[:, : layer.n_out])
+                rows = to_rows(thin).index_put((pixel,), full[:count, : layer.n_out])
                 thin = to_image(rows, (1, *shape))
-            source = _bordered(thin[0].permute(1, 2, 0), channels).index_put((bordered,), full)
         if thins:
-            y = torch.cat([to_rows(thin) for thin in thins], 1) @ self.collect_dense + bias
+            y = torch.addmm(bias, torch.cat(thins, 1)[0].flatten(1).T, self.collect_dense)  # (P, C)
+            y = torch.cat([collected, y]).index_select(0, mixed - 1)
         else:
-            y = bias.expand(f.shape[0], channels)
-        y = y.index_put((pixel,), collected)
+            y = torch.cat([bias[None], collected]).index_select(0, alone)
         ones = torch.ones(1, y.shape[0], device=y.device)
         pooled = (ones @ y.float() / y.shape[0]).to(y.dtype)  # ONNX Runtime takes five times as long for y.mean(0)
         factors = self.block.attention.weights(pooled[:, :, None, None])[:, :, 0, 0]
@@ -163,8 +175,12 @@ class PortableSMSR(Portable):
         super().__init__(model, pixels)
         self.blocks = nn.ModuleList(self.block(plan) for plan in Plan(model).blocks)
         for k, weight in enumerate(model.collect[0].weight.detach().chunk(len(self.blocks), 1)):
-            self.register_buffer(f"collect_{k}", weight[:, :, 0, 0].T.contiguous())  # (C, C), inputs first
+            self.register_buffer(f"collect_{k}", weight.contiguous())  # (C, C, 1, 1)
         self.register_buffer("bicubic", bicubic_weights(model.scale, model.mean.shape[1]).to(model.mean))
+
+    def collect(self, k, f):
+        """What the output f (N, C, H, W) of module k adds to the 1x1 convolution over those of all: (N, C, H, W)."""
+        return F.conv2d(f, self.get_buffer(f"collect_{k}"))
 
     def reconstruct(self, f, x):
         """Features (N, C, H, W) and the input less its mean -> SR less the mean (N, n_colors, scale H, scale W)."""
@@ -183,7 +199,7 @@ class PortableDense(PortableSMSR):
         for k, block in enumerate(self.blocks):
             f, mask = block(f)
             masks.append(mask)
-            total = total + F.conv2d(f, self.get_buffer(f"collect_{k}").T[:, :, None, None])
+            total = total + self.collect(k, f)
         return self.reconstruct(head + self.model.collect[2](F.relu(total)), x), masks
 
 
@@ -193,15 +209,15 @@ class PortableSparse(PortableSMSR):
     block = SparseBlock
 
     def run(self, x):
-        head = self.model.head(x)  # (1, C, H, W)
+        head = image = self.model.head(x)  # (1, C, H, W)
         f = to_rows(head)  # (P, C)
-        total, masks = self.model.collect[0].bias, []
+        total, masks = self.model.collect[0].bias.view(1, -1, 1, 1), []
         for k, block in enumerate(self.blocks):
-            f, mask = block(f, head.shape[2:])
+            f, mask = block(f, image)
+            image = to_image(f, (1, *head.shape[2:]))
             masks.append(mask)
-            total = total + f @ self.get_buffer(f"collect_{k}")
-        f = head + self.model.collect[2](F.relu(to_image(total, (1, *head.shape[2:]))))
-        return self.reconstruct(f, x), masks
+            total = total + self.collect(k, image)
+        return self.reconstruct(head + self.model.collect[2](F.relu(total)), x), masks
 
 
 def bicubic_weights(scale, n_colors):
@@ -221,8 +237,3 @@ def _replicated(x, before, below, right):
     lines, columns = (torch.arange(-before, x.shape[d] + more, device=x.device) for d, more in ((2, below), (3, right)))
     x = x.index_select(2, lines.clamp(min=0).clamp(max=x.shape[2] - 1))
     return x.index_select(3, columns.clamp(min=0).clamp(max=x.shape[3] - 1))
-
-
-def _bordered(image, channels):
-    """(H, W, C') -> rows ((H + 2)(W + 2), channels): zeros around it, and behind its own channels."""
-    return F.pad(image, (0, channels - image.shape[2], 1, 1, 1, 1)).view(-1, channels)
