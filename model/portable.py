@@ -1,8 +1,8 @@
 """Networks as graphs that other runtimes can run: one forward of plain operators, of any height and width.
 
 `tools/export_onnx.py` exports them. They give what `model.inference` gives, to rounding. The sparse graph skips the
-same work by the same plan as sparse.py, in operators that runtimes are quick at: maps are bordered by zeros, so that
-the place of a neighbour is a sum, and what is taken from a map or put into it are single gathers and scatters.
+same work by the same plan as sparse.py, in operators that runtimes are quick at: no map is filled with products; what a
+layer gathers from are the products themselves and, behind them, the dense channels.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.edsr import EDSR
-from model.sparse import Plan, to_image, to_matrix, to_rows
+from model.sparse import Plan, neighbourhoods, to_image, to_matrix, to_rows
 
 PIXELS = ("uint8", "float")
 MODES = ("sparse", "dense")
@@ -24,14 +24,16 @@ def build_portable(model, mode, pixels="uint8"):
 
 
 class _Block(nn.Module):
-    """A sparse mask module and the weights of its `BlockPlan`."""
+    """A sparse mask module and the weights of its `BlockPlan`.
+
+    Features (N, C, H, W) -> features (N, C, H, W) and the mask (N, 1, H, W).
+    """
 
     def __init__(self, plan):
         super().__init__()
         self.block, self.layers = plan.block, plan.layers
         for index, layer in enumerate(plan.layers):
             self.register_buffer(f"thin_{index}", layer.thin.detach())  # (n_out, n_in, 3, 3)
-            self.register_buffer(f"collect_{index}", layer.collect_weight.T.contiguous())  # (C, C), inputs first
 
     def thin(self, index, image):
         """Dense channels from dense channels everywhere: (N, n_in, H, W) -> (N, n_out, H, W)."""
@@ -42,12 +44,13 @@ class _Block(nn.Module):
 
 
 class DenseBlock(_Block):
-    """Features (N, C, H, W) -> features (N, C, H, W) and the mask (N, 1, H, W)."""
+    """Everything is convolved, then what the masks deny is multiplied by zero."""
 
     def __init__(self, plan):
         super().__init__(plan)
         for index, layer in enumerate(plan.layers):
             self.register_buffer(f"full_{index}", layer.weight.detach())  # (C, C, 3, 3)
+            self.register_buffer(f"collect_{index}", layer.collect_weight[:, :, None, None])  # (C, C, 1, 1)
 
     def forward(self, f):
         mask = self.block.hard_spatial_mask(f)
@@ -59,74 +62,69 @@ class DenseBlock(_Block):
             if layer.n_out and not layer.all_dense:
                 dense = dense * allowed + self.thin(index, g[:, : layer.n_in]) * (1 - allowed)
             g = torch.cat([dense, sparse], 1) if layer.n_out else sparse
-            y = y + F.conv2d(g, self.get_buffer(f"collect_{index}").T[:, :, None, None])
+            y = y + F.conv2d(g, self.get_buffer(f"collect_{index}"))
         return f + self.block.attention(y), mask
 
 
 class SparseBlock(_Block):
-    """Rows of features (P, C), and the same as an image (1, C, H, W) -> rows (P, C) and the mask (1, 1, H, W)."""
+    """Masked work is skipped. One image at a time."""
 
     def __init__(self, plan):
         super().__init__(plan)
-        channels = len(plan.layers[0].weight)
         for index, layer in enumerate(plan.layers):
             self.register_buffer(f"full_{index}", to_matrix(layer.weight.detach()).T.contiguous())  # (9 C, C)
-            self.register_buffer(f"widen_{index}", torch.eye(layer.n_out, channels).to(layer.weight))
+            self.register_buffer(f"collect_{index}", layer.collect_weight.T.contiguous())  # (C, C), inputs first
         self.register_buffer("collect_dense", plan.dense_weights.T.contiguous())  # (D, C)
+        self.register_buffer("identity", torch.eye(len(layer.weight)).to(layer.weight))  # (C, C)
 
-    def forward(self, f, image):
-        width = image.shape[3]
-        shape = image.shape[2:]
-        channels, bias = f.shape[1], self.block.collect.bias
+    def forward(self, image):
+        shape, f, bias = (1, *image.shape[2:]), to_rows(image), self.block.collect.bias  # f: (P, C)
+        pixels, channels = f.shape
         mask = self.block.hard_spatial_mask(image)
-        line, column = mask[0, 0].nonzero().unbind(1)  # of the M important pixels
-        pixel = line * width + column
-        bordered = (line + 1) * (width + 2) + column + 1  # where it is in a map with a border
+        pixel = mask.flatten().nonzero()[:, 0]  # (M,)
         # A multiple of ROWS, so that they can be convolved so many at a time; those that are too many are pixel 0.
         count = pixel.shape[0]
         padded = (count // ROWS + 1) * ROWS
-        bordered = torch.cat([bordered, (width + 3) * bordered.new_ones(ROWS)])[:padded]
-        step = torch.arange(-1, 2, device=f.device)
-        around = (bordered[:, None] + (step[:, None] * (width + 2) + step).flatten()).flatten()  # 9 for each
+        around = neighbourhoods(mask[:, 0], torch.cat([pixel, pixel.new_zeros(ROWS)])[:padded]).flatten()  # (9 M',)
 
-        # Row 0 of what is gathered from is zero, for what lies outside. In the order of the pixels follow the features,
-        # or first those of important pixels and then of all pixels their dense channels, or of important pixels alone.
-        important, number = mask.flatten() > 0, torch.arange(1, f.shape[0] + 1, device=f.device)
-        order = important.long().cumsum(0)  # 1...M
-        mixed = torch.where(important, order, padded + number)
-        alone = torch.where(important, order, 0)
-        in_features, in_mixed, in_alone = (
-            F.pad(place.view(shape), (1, 1, 1, 1)).flatten().index_select(0, around) for place in (number, mixed, alone)
-        )
+        # The last row of what is gathered from is zero, for what lies outside. Before it are the features of all
+        # pixels; or those of important pixels, and then the dense channels of all pixels; or those of important alone.
+        important = mask.flatten() > 0
+        order = important.long().cumsum(0) - 1  # 0...M - 1
+        mixed = torch.where(important, order, padded + torch.arange(pixels, device=f.device))
+        alone = torch.where(important, order, padded)
+        last = alone.new_ones(1)
+        in_mixed = torch.cat([mixed, last * (padded + pixels)]).index_select(0, around)
+        in_alone = torch.cat([alone, last * padded]).index_select(0, around)
         outside = f.new_zeros(1, channels)
-        source, place = torch.cat([outside, f]), in_features
+        source, place = torch.cat([f, outside]), around
         thin, thins, collected = image, [], bias
         for index, layer in enumerate(self.layers):
             neighbours = source.index_select(0, place).view(-1, 9 * channels)
             full = F.relu(neighbours @ self.get_buffer(f"full_{index}"))  # (M', C)
             collected = torch.addmm(collected, full, self.get_buffer(f"collect_{index}"))
             if not layer.n_out:
-                source, place = torch.cat([outside, full]), in_alone
+                source, place = torch.cat([full, outside]), in_alone
                 continue
             thin = self.thin(index, thin)  # (1, n_out, H, W)
             thins.append(thin)
             if index == len(self.layers) - 1:
                 break
             # A product with the identity turns and widens: ONNX Runtime shares it among threads, not a transposition.
-            wide = thin[0].flatten(1).T @ self.get_buffer(f"widen_{index}")  # (P, C)
-            source, place = torch.cat([outside, full, wide]), in_mixed
+            wide = thin[0].flatten(1).T @ self.identity[: layer.n_out]  # (P, C)
+            source, place = torch.cat([full, wide, outside]), in_mixed
             if not layer.all_dense:
                 rows = to_rows(thin).index_put((pixel,), full[:count, : layer.n_out])
-                thin = to_image(rows, (1, *shape))
+                thin = to_image(rows, shape)
         if thins:
             y = torch.addmm(bias, torch.cat(thins, 1)[0].flatten(1).T, self.collect_dense)  # (P, C)
-            y = torch.cat([collected, y]).index_select(0, mixed - 1)
+            y = torch.cat([collected, y]).index_select(0, mixed)
         else:
-            y = torch.cat([bias[None], collected]).index_select(0, alone)
+            y = torch.cat([collected, bias[None]]).index_select(0, alone)
         ones = torch.ones(1, y.shape[0], device=y.device)
         pooled = (ones @ y.float() / y.shape[0]).to(y.dtype)  # ONNX Runtime takes five times as long for y.mean(0)
         factors = self.block.attention.weights(pooled[:, :, None, None])[:, :, 0, 0]
-        return f + y * factors, mask
+        return to_image(f + y * factors, shape), mask
 
 
 class Portable(nn.Module):
@@ -178,9 +176,14 @@ class PortableSMSR(Portable):
             self.register_buffer(f"collect_{k}", weight.contiguous())  # (C, C, 1, 1)
         self.register_buffer("bicubic", bicubic_weights(model.scale, model.mean.shape[1]).to(model.mean))
 
-    def collect(self, k, f):
-        """What the output f (N, C, H, W) of module k adds to the 1x1 convolution over those of all: (N, C, H, W)."""
-        return F.conv2d(f, self.get_buffer(f"collect_{k}"))
+    def run(self, x):
+        head = f = self.model.head(x)
+        total, masks = self.model.collect[0].bias.view(1, -1, 1, 1), []
+        for k, block in enumerate(self.blocks):
+            f, mask = block(f)
+            masks.append(mask)
+            total = total + F.conv2d(f, self.get_buffer(f"collect_{k}"))
+        return self.reconstruct(head + self.model.collect[2](F.relu(total)), x), masks
 
     def reconstruct(self, f, x):
         """Features (N, C, H, W) and the input less its mean -> SR less the mean (N, n_colors, scale H, scale W)."""
@@ -189,35 +192,15 @@ class PortableSMSR(Portable):
 
 
 class PortableDense(PortableSMSR):
-    """Nothing is skipped: everything is convolved, then what the masks deny is multiplied by zero."""
+    """Of any number of images."""
 
     block = DenseBlock
 
-    def run(self, x):
-        head = f = self.model.head(x)
-        total, masks = self.model.collect[0].bias.view(1, -1, 1, 1), []
-        for k, block in enumerate(self.blocks):
-            f, mask = block(f)
-            masks.append(mask)
-            total = total + self.collect(k, f)
-        return self.reconstruct(head + self.model.collect[2](F.relu(total)), x), masks
-
 
 class PortableSparse(PortableSMSR):
-    """Masked work is skipped. One image at a time."""
+    """Of one image at a time."""
 
     block = SparseBlock
-
-    def run(self, x):
-        head = image = self.model.head(x)  # (1, C, H, W)
-        f = to_rows(head)  # (P, C)
-        total, masks = self.model.collect[0].bias.view(1, -1, 1, 1), []
-        for k, block in enumerate(self.blocks):
-            f, mask = block(f, image)
-            image = to_image(f, (1, *head.shape[2:]))
-            masks.append(mask)
-            total = total + self.collect(k, image)
-        return self.reconstruct(head + self.model.collect[2](F.relu(total)), x), masks
 
 
 def bicubic_weights(scale, n_colors):

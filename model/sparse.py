@@ -24,6 +24,7 @@ from utility import InputError, measured_once, seconds_of
 MODES = ("auto", "sparse", "dense")
 TILE = 180  # side of a tile on a CPU, where maps of more pixels leave the cache and the heap
 ROWS = 2048  # neighbourhoods gathered at a time, which the product then finds in the cache
+COLLECTED = 8 * ROWS  # rows collected at a time, which are a ninth as long
 VECTOR = 16  # a convolution computes outputs in vectors of so many; a part of one costs more than all of it
 
 
@@ -83,7 +84,7 @@ class Plan:
             works.append(plan(f, y, shape, cuts, mode, space))
             factors = plan.attention(to_image(y[:pixels], shape).mean((2, 3), keepdim=True))  # (N, C, 1, 1)
             for image, factor in enumerate(factors.view(n, channels)):
-                for part in _parts(image * height * width, (image + 1) * height * width, 8 * ROWS):
+                for part in _parts(image * height * width, (image + 1) * height * width, COLLECTED):
                     f[part].addcmul_(y[part], factor)
                     _accumulate(total[part], collect(f[part]), first_time=len(works) == 1)
         total = to_image(total.add_(model.collect[0].bias).relu_(), shape)
@@ -188,7 +189,7 @@ class BlockPlan:
                 full[part, layer.from_output :] = layer.full(gather(source, rows[part], space))
             if layer.from_output:
                 full[:count, : layer.from_output] = _take(thin, pixel)[:, : layer.from_output]
-            for part in _parts(0, count, 8 * ROWS):
+            for part in _parts(0, count, COLLECTED):
                 _accumulate(collected[part], layer.collect(full[part]), first_time=index == 0)
             executed += count * (layer.full_macs + channels**2)
             if index == len(self.layers) - 1:
@@ -302,8 +303,8 @@ class Workspace:
 def neighbourhoods(mask, pixel):
     """(M, 9): the pixels around each of `pixel` (M,) and itself, 0...P - 1 or P outside; mask is (n, h, w)."""
     n, height, width = mask.shape
-    inside = torch.arange(mask.numel(), device=mask.device).view(n, height, width)
-    bordered = F.pad(inside, (1, 1, 1, 1), value=mask.numel()).flatten()
+    inside = torch.arange(-mask.numel(), 0, device=mask.device).view(n, height, width)
+    bordered = F.pad(inside, (1, 1, 1, 1)).flatten() + mask.numel()  # a graph for export would keep another value
     # Where a pixel is within the border: each line and each image before it adds to its place.
     place = pixel + 2 * (pixel // width) + (2 * width + 4) * (pixel // (height * width)) + width + 3
     line = torch.arange(3, device=mask.device)
