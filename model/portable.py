@@ -1,8 +1,7 @@
 """Networks as graphs that other runtimes can run: one forward of plain operators, of any height and width.
 
 `tools/export_onnx.py` exports them. They give what `model.inference` gives, to rounding. The sparse graph skips the
-same work by the same plan as sparse.py, in operators that runtimes are quick at: no map is filled with products; what a
-layer gathers from are the products themselves and, behind them, the dense channels.
+same work by the same plan as sparse.py, in operators that runtimes are quick at.
 """
 
 import torch
@@ -55,14 +54,14 @@ class DenseBlock(_Block):
     def forward(self, f):
         mask = self.block.hard_spatial_mask(f)
         allowed = mask.to(f.dtype)
-        g, y = f, self.block.collect.bias.view(1, -1, 1, 1)
+        g, y = f, None
         for index, layer in enumerate(self.layers):
             full = F.relu(F.conv2d(g, self.get_buffer(f"full_{index}"), padding=1))
             dense, sparse = full[:, : layer.n_out], full[:, layer.n_out :] * allowed
             if layer.n_out and not layer.all_dense:
                 dense = dense * allowed + self.thin(index, g[:, : layer.n_in]) * (1 - allowed)
             g = torch.cat([dense, sparse], 1) if layer.n_out else sparse
-            y = y + F.conv2d(g, self.get_buffer(f"collect_{index}"))
+            y = _added(y, g, self.get_buffer(f"collect_{index}"), self.block.collect.bias)
         return f + self.block.attention(y), mask
 
 
@@ -82,45 +81,46 @@ class SparseBlock(_Block):
         pixels, channels = f.shape
         mask = self.block.hard_spatial_mask(image)
         pixel = mask.flatten().nonzero()[:, 0]  # (M,)
-        # A multiple of ROWS, so that they can be convolved so many at a time; those that are too many are pixel 0.
+        # So many that parts of at most ROWS, as long as each other, hold them all; those that are too many are pixel 0.
         count = pixel.shape[0]
-        padded = (count // ROWS + 1) * ROWS
-        around = neighbourhoods(mask[:, 0], torch.cat([pixel, pixel.new_zeros(ROWS)])[:padded]).flatten()  # (9 M',)
+        parts = count // ROWS + 1
+        padded = (count // parts + 1) * parts
+        around = neighbourhoods(mask[:, 0], torch.cat([pixel, pixel.new_zeros(padded - count)])).flatten()  # (9 M',)
 
-        # The last row of what is gathered from is zero, for what lies outside. Before it are the features of all
-        # pixels; or those of important pixels, and then the dense channels of all pixels; or those of important alone.
+        # What layers gather from, after the first: important pixels, the rim, a row of zeros for what lies outside.
         important = mask.flatten() > 0
+        on_rim = (F.max_pool2d(mask.float(), 3, stride=1, padding=1) > mask).flatten()
+        rim = on_rim.nonzero()[:, 0]  # (R,)
         order = important.long().cumsum(0) - 1  # 0...M - 1
-        mixed = torch.where(important, order, padded + torch.arange(pixels, device=f.device))
-        alone = torch.where(important, order, padded)
-        last = alone.new_ones(1)
-        in_mixed = torch.cat([mixed, last * (padded + pixels)]).index_select(0, around)
-        in_alone = torch.cat([alone, last * padded]).index_select(0, around)
+        last = padded + rim.shape[0]
+        place = torch.where(important, order, torch.where(on_rim, padded + on_rim.long().cumsum(0) - 1, last))
+        in_packed = torch.cat([place, place.new_ones(1) * last]).index_select(0, around)
         outside = f.new_zeros(1, channels)
-        source, place = torch.cat([f, outside]), around
+        source, rows = torch.cat([f, outside]), around
         thin, thins, collected = image, [], bias
         for index, layer in enumerate(self.layers):
-            neighbours = source.index_select(0, place).view(-1, 9 * channels)
+            neighbours = source.index_select(0, rows).view(-1, 9 * channels)
             full = F.relu(neighbours @ self.get_buffer(f"full_{index}"))  # (M', C)
             collected = torch.addmm(collected, full, self.get_buffer(f"collect_{index}"))
-            if not layer.n_out:
-                source, place = torch.cat([full, outside]), in_alone
-                continue
-            thin = self.thin(index, thin)  # (1, n_out, H, W)
-            thins.append(thin)
+            if layer.n_out:
+                thin = self.thin(index, thin)  # (1, n_out, H, W)
+                thins.append(thin)
             if index == len(self.layers) - 1:
                 break
+            rows = in_packed
+            if not layer.n_out:
+                source = torch.cat([full, outside.expand(rim.shape[0] + 1, channels)])
+                continue
             # A product with the identity turns and widens: ONNX Runtime shares it among threads, not a transposition.
-            wide = thin[0].flatten(1).T @ self.identity[: layer.n_out]  # (P, C)
-            source, place = torch.cat([full, wide, outside]), in_mixed
+            wide = thin[0].flatten(1).index_select(1, rim).T @ self.identity[: layer.n_out]  # (R, C)
+            source = torch.cat([full, wide, outside])
             if not layer.all_dense:
-                rows = to_rows(thin).index_put((pixel,), full[:count, : layer.n_out])
-                thin = to_image(rows, shape)
+                thin = to_image(to_rows(thin).index_put((pixel,), full[:count, : layer.n_out]), shape)
         if thins:
             y = torch.addmm(bias, torch.cat(thins, 1)[0].flatten(1).T, self.collect_dense)  # (P, C)
-            y = torch.cat([collected, y]).index_select(0, mixed)
         else:
-            y = torch.cat([collected, bias[None]]).index_select(0, alone)
+            y = bias.expand(pixels, channels)
+        y = y.index_put((pixel,), collected[:count])
         ones = torch.ones(1, y.shape[0], device=y.device)
         pooled = (ones @ y.float() / y.shape[0]).to(y.dtype)  # ONNX Runtime takes five times as long for y.mean(0)
         factors = self.block.attention.weights(pooled[:, :, None, None])[:, :, 0, 0]
@@ -178,11 +178,11 @@ class PortableSMSR(Portable):
 
     def run(self, x):
         head = f = self.model.head(x)
-        total, masks = self.model.collect[0].bias.view(1, -1, 1, 1), []
+        total, masks = None, []
         for k, block in enumerate(self.blocks):
             f, mask = block(f)
             masks.append(mask)
-            total = total + F.conv2d(f, self.get_buffer(f"collect_{k}"))
+            total = _added(total, f, self.get_buffer(f"collect_{k}"), self.model.collect[0].bias)
         return self.reconstruct(head + self.model.collect[2](F.relu(total)), x), masks
 
     def reconstruct(self, f, x):
@@ -201,6 +201,14 @@ class PortableSparse(PortableSMSR):
     """Of one image at a time."""
 
     block = SparseBlock
+
+
+def _added(total, x, weight, bias):
+    """total + the convolution of x, or that with its bias if there is no total yet.
+
+    ONNX Runtime adds convolutions up in their own layout, but not a convolution and a vector.
+    """
+    return F.conv2d(x, weight, bias) if total is None else total + F.conv2d(x, weight)
 
 
 def bicubic_weights(scale, n_colors):

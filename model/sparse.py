@@ -7,9 +7,10 @@ Features are maps of rows, C numbers a pixel, in the order of the pixels (N, H, 
 the channels-last format. A map of P pixels has a row P more: of zeros where it is read, of no interest where it is
 written. It stands for what lies outside the image.
 
-In the packed form a module gathers, layer by layer, the 3x3 neighbourhoods of its important pixels into rows,
-multiplies them by the weights and scatters the products. In the dense form nothing is gathered, and what the masks
-deny is multiplied by zero.
+In the packed form a module gathers, layer by layer, the 3x3 neighbourhoods of its important pixels into rows and
+multiplies them by the weights. The next layer gathers from the products and from the rim, which is what is not
+important but beside a pixel that is; after the last they are scattered into a map. In the dense form nothing is
+gathered, and what the masks deny is multiplied by zero.
 """
 
 import functools
@@ -75,7 +76,7 @@ class Plan:
         cuts = strips(*shape, TILE if tile is None and x.is_cpu else tile)
         f = space.rows("features", pixels + 1, channels, x)
         y = space.rows("module", pixels + 1, channels, x)
-        total = space.rows("collected", pixels, channels, x)
+        total = space.rows("total", pixels, channels, x)
         f[pixels] = 0
         by_strips(model.head, x, cuts, halo=2, out=to_image(f[:pixels], shape))
         head = None if frugal else to_image(f[:pixels], shape).clone()  # (N, C, H, W)
@@ -165,19 +166,24 @@ class BlockPlan:
         pixels, channels, outside = mask.numel(), f.shape[1], len(f) - 1
         own = slice(inner.start - start, inner.stop - start)  # of the pixels
         pixel = mask.flatten().nonzero()[:, 0]  # (M,)
+        seen = F.max_pool2d(mask[:, None].to(f.dtype), 3, stride=1, padding=1)[:, 0] > mask
+        rim = seen.flatten().nonzero()[:, 0]  # (R,)
         count = len(pixel)
+        # What layers gather from, after the first: important pixels, a row of zeros for what lies outside, the rim.
+        packed = space.rows("packed", count + 1 + len(rim), channels, f)
+        full, beside = packed[:count], packed[count + 1 :]
+        packed[count:] = 0
         place = torch.full((pixels + 1,), count, device=f.device)
         place[pixel] = torch.arange(count, device=f.device)
+        place[rim] = torch.arange(count + 1, len(packed), device=f.device)
         around = neighbourhoods(mask, pixel)  # (M, 9)
         rows = torch.where(around == pixels, outside, around + start) if outside > pixels else around
         source, image = f, to_image(f[start : start + pixels], mask.shape)
-        g = space.rows("map", pixels + 1, channels, f) if outside > pixels else y  # y is written last
-        full = space.rows("full", count + 1, channels, f)  # of a layer; the last one stays zero
-        full[count] = 0
-        collected = space.rows("packed", count, channels, f)  # of all layers
+        collected = space.rows("collected", count, channels, f)  # of all layers
         everywhere = space.rows("everywhere", len(inner), self.n_dense, f)  # (P, D)
         first = 0  # of this layer's channels in it
         executed = everywhere.numel() * channels
+        parts = _parts(0, count, ROWS)
         for index, layer in enumerate(self.layers):
             n_out = layer.n_out
             if n_out:
@@ -185,21 +191,23 @@ class BlockPlan:
                 everywhere[:, first : first + n_out] = thin[own]
                 first += n_out
                 executed += pixels * layer.thin.numel()
-            for part in _parts(0, count, ROWS):
-                full[part, layer.from_output :] = layer.full(gather(source, rows[part], space))
+            products = [layer.full(gather(source, rows[part], space)) for part in parts]
+            for part, product in zip(parts, products, strict=True):  # once all of them are gathered, not before
+                full[part, layer.from_output :] = product
             if layer.from_output:
-                full[:count, : layer.from_output] = _take(thin, pixel)[:, : layer.from_output]
+                full[:, : layer.from_output] = _take(thin, pixel)[:, : layer.from_output]
             for part in _parts(0, count, COLLECTED):
                 _accumulate(collected[part], layer.collect(full[part]), first_time=index == 0)
             executed += count * (layer.full_macs + channels**2)
             if index == len(self.layers) - 1:
                 break
-            torch.index_select(full, 0, place, out=g)  # zero where nothing is important
-            source, rows = g, around
+            if index == 0:
+                source, rows = packed, _take(place, around)
+            beside[:, n_out : layer.n_in] = 0
             if n_out:
+                beside[:, :n_out] = _take(thin, rim)
                 if not layer.all_dense:
-                    thin.index_copy_(0, pixel, full[:count, :n_out])
-                g[:pixels, :n_out] = thin
+                    thin.index_copy_(0, pixel, full[:, :n_out])
                 image = to_image(thin, mask.shape)
         y[inner.start : inner.stop] = self.collect_dense(everywhere)
         target = pixel + start

@@ -81,7 +81,7 @@ def export(model, mode="sparse", pixels="uint8", masks=False):
 
 
 def _in_parts(graph):
-    """Have rows of neighbours gathered and multiplied ROWS at a time, so that they stay in the cache.
+    """Have rows of neighbours gathered and multiplied at most ROWS at a time, so that they stay in the cache.
 
     PyTorch 2.13 exports no loop whose length is known at run time alone. So Gather, Reshape, MatMul, Relu, wherever
     they follow each other, become the body of a Scan.
@@ -94,7 +94,8 @@ def _in_parts(graph):
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    graph.initializer.append(numpy_helper.from_array(np.array([-1, 9 * ROWS]), "part_shape"))
+    numbers = {"parts_longest": 9 * ROWS, "parts_round_up": 9 * ROWS - 1, "parts_rest": -1}
+    graph.initializer.extend(numpy_helper.from_array(np.array([value]), key) for key, value in numbers.items())
     for node in [node for node in graph.node if node.op_type == "MatMul"]:
         reshape = makers.get(node.input[0])
         gather = makers.get(reshape.input[0]) if reshape is not None and reshape.op_type == "Reshape" else None
@@ -110,11 +111,15 @@ def _in_parts(graph):
                 helper.make_node("Relu", [f"{name}_product"], [f"{name}_part"]),
             ],
             f"{name}_body",
-            [helper.make_tensor_value_info(f"{name}_around", TensorProto.INT64, [9 * ROWS])],
-            [helper.make_tensor_value_info(f"{name}_part", weight.data_type, [ROWS, weight.dims[1]])],
+            [helper.make_tensor_value_info(f"{name}_around", TensorProto.INT64, [None])],
+            [helper.make_tensor_value_info(f"{name}_part", weight.data_type, [None, weight.dims[1]])],
         )
         new = [
-            helper.make_node("Reshape", [gather.input[1], "part_shape"], [f"{name}_parts"]),
+            helper.make_node("Shape", [gather.input[1]], [f"{name}_size"]),
+            helper.make_node("Add", [f"{name}_size", "parts_round_up"], [f"{name}_rounded"]),
+            helper.make_node("Div", [f"{name}_rounded", "parts_longest"], [f"{name}_count"]),
+            helper.make_node("Concat", [f"{name}_count", "parts_rest"], [f"{name}_shape"], axis=0),
+            helper.make_node("Reshape", [gather.input[1], f"{name}_shape"], [f"{name}_parts"]),
             helper.make_node("Scan", [f"{name}_parts"], [f"{name}_stacked"], body=body, num_scan_inputs=1),
             helper.make_node("Reshape", [f"{name}_stacked", f"{name}_flat"], [name]),
         ]
