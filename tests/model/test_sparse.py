@@ -221,7 +221,8 @@ def test_tiles_change_nothing(n, mode):
     for tile in (1, 150, 200):
         sr, tiled_work = model.inference(x, mode, tile=tile)
         assert (sr - whole).abs().max() < 1e-3
-        assert all(np.array_equal(quantize(a, 255), quantize(b, 255)) for a, b in zip(sr, whole, strict=True))
+        differing = [quantize(a, 255) != quantize(b, 255) for a, b in zip(sr, whole, strict=True)]
+        assert np.mean(differing) < 1e-4  # at a half another order of summation may round the other way
         assert (tiled_work.macs, tiled_work.important) == (work.macs, work.important)
 
 
