@@ -165,13 +165,13 @@ class PortableEDSR(Portable):
 
 
 class PortableSMSR(Portable):
-    """What both forms of an SMSR share; they differ in their modules, of the class `block`."""
+    """What both forms of an SMSR share; they differ in their modules, of the class `block_class`."""
 
     multiple = 2
 
     def __init__(self, model, pixels="uint8"):
         super().__init__(model, pixels)
-        self.blocks = nn.ModuleList(self.block(plan) for plan in Plan(model).blocks)
+        self.blocks = nn.ModuleList(self.block_class(plan) for plan in Plan(model).blocks)
         for k, weight in enumerate(model.collect[0].weight.detach().chunk(len(self.blocks), 1)):
             self.register_buffer(f"collect_{k}", weight.contiguous())  # (C, C, 1, 1)
         self.register_buffer("bicubic", bicubic_weights(model.scale, model.mean.shape[1]).to(model.mean))
@@ -194,13 +194,13 @@ class PortableSMSR(Portable):
 class PortableDense(PortableSMSR):
     """Of any number of images."""
 
-    block = DenseBlock
+    block_class = DenseBlock
 
 
 class PortableSparse(PortableSMSR):
     """Of one image at a time."""
 
-    block = SparseBlock
+    block_class = SparseBlock
 
 
 def _added(total, x, weight, bias):

@@ -166,13 +166,13 @@ class BlockPlan:
         pixels, channels, outside = mask.numel(), f.shape[1], len(f) - 1
         own = slice(inner.start - start, inner.stop - start)  # of the pixels
         pixel = mask.flatten().nonzero()[:, 0]  # (M,)
-        seen = F.max_pool2d(mask[:, None].to(f.dtype), 3, stride=1, padding=1)[:, 0] > mask
-        rim = seen.flatten().nonzero()[:, 0]  # (R,)
+        on_rim = F.max_pool2d(mask[:, None].to(f.dtype), 3, stride=1, padding=1)[:, 0] > mask
+        rim = on_rim.flatten().nonzero()[:, 0]  # (R,)
         count = len(pixel)
         # What layers gather from, after the first: important pixels, a row of zeros for what lies outside, the rim.
         packed = space.rows("packed", count + 1 + len(rim), channels, f)
         full, beside = packed[:count], packed[count + 1 :]
-        packed[count:] = 0
+        packed[count] = 0
         place = torch.full((pixels + 1,), count, device=f.device)
         place[pixel] = torch.arange(count, device=f.device)
         place[rim] = torch.arange(count + 1, len(packed), device=f.device)
@@ -321,7 +321,7 @@ def neighbourhoods(mask, pixel):
 
 
 def gather(source, around, space):
-    """Rows (M, 9 C) of the neighbours `around` (M, 9), which are rows of the map `source` (P + 1, C)."""
+    """Rows (M, 9 C) of the neighbours `around` (M, 9), which are rows of `source` (., C)."""
     gathered = space.rows("gathered", around.numel(), source.shape[1], source)
     torch.index_select(source, 0, around.flatten(), out=gathered)
     return gathered.view(len(around), -1)

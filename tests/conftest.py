@@ -38,6 +38,20 @@ def tiny():
     return SMSR(scale=2, n_feats=8, n_blocks=2, n_layers=2)
 
 
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A folder with the weights of such an SMSR, w.pt, and its graph, w.onnx: exporting takes many seconds."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from tools.export_onnx import main
+
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(0)
+    torch.save(SMSR(scale=2, n_feats=8, n_blocks=2, n_layers=2).state_dict(), folder / "w.pt")
+    main(["--pre_train", str(folder / "w.pt"), "--output", str(folder / "w.onnx")])
+    return folder
+
+
 @pytest.fixture
 def make_set(tmp_path):
     """Write a paired set of smooth random images and return the folder to use as --dir_data."""

@@ -4,10 +4,10 @@
 
 Needs pip install -r requirements-deploy.txt. The graph takes `image`, (N, H, W, 3) in 0...255 of any height and width,
 and gives `sr`, (N, scale H, scale W, 3) and, with --masks, `masks`, uint8 (N, K, H, W), 1 where a pixel is important.
-N is 1 in a sparse graph and free in a dense one.
+N is 1 in a sparse graph and free in a dense one. The network is one that was trained with --rgb_range 255.
 
-Operators are those of ONNX's standard set, opset 18. Metadata: smsr_scale, smsr_model, smsr_mode, smsr_pixels,
-smsr_precision, smsr_version, smsr_weights_sha256.
+Operators are those of ONNX's standard set, opset 18. Metadata: smsr_scale, smsr_model, smsr_n_feats, smsr_mode,
+smsr_pixels, smsr_precision, smsr_version, smsr_weights_sha256.
 """
 
 import argparse
@@ -41,6 +41,7 @@ def parse(argv=None):
     parser.add_argument("--mode", choices=MODES, help="default: sparse; of an EDSR dense")
     parser.add_argument("--precision", choices=("single", "half"), default="single", help="of weights and features")
     parser.add_argument("--pixels", choices=PIXELS, default="uint8", help="numbers of images, in and out")
+    parser.add_argument("--res_scale", type=float, help="of an EDSR, as in its training (default: 1)")
     parser.add_argument("--masks", action="store_true", help="the masks as a second output")
     return parser.parse_args(argv)
 
@@ -154,7 +155,7 @@ def _silence():
 
 def main(argv=None):
     args = parse(argv)
-    model = load_model(args.pre_train)
+    model = load_model(args.pre_train, res_scale=args.res_scale)
     dense = isinstance(model, EDSR)
     if dense and args.mode == "sparse":
         raise InputError(f"--mode sparse: {args.pre_train} is of EDSR, which has nothing to skip; take --mode dense")
@@ -165,6 +166,7 @@ def main(argv=None):
     facts = {
         "scale": model.scale,
         "model": type(model).__name__,
+        "n_feats": model.head[-1].out_channels,
         "mode": mode,
         "pixels": args.pixels,
         "precision": args.precision,

@@ -14,6 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # others compile anew for each size, or lack operators
+BYTES = 60  # of memory that a graph needs for each pixel and feature, measured on a CPU
+
 try:
     import onnxruntime
 except ImportError:
@@ -35,28 +38,34 @@ def parse(argv=None):
     parser.add_argument("--input", type=Path, required=True, help="an image, or a folder of images")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--scale", type=int, help="refuse a network of another scale")
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU (default: all)")
+    parser.add_argument("--threads", type=threads, metavar="N", help="of the CPU (default: all)")
     return parser.parse_args(argv)
+
+
+def threads(text):
+    if not text.isdecimal() or not 1 <= int(text) <= 256:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 256")
+    return int(text)
 
 
 class Network:
     """An exported network: images in and out, uint8 (H, W, 3).
 
-    Raises InputError if the file is not one of ours, or of another scale than is asked for.
+    Raises InputError if the file is not one of ours, or of another scale than is asked for, and when called with an
+    image that is too large for the memory.
     """
 
-    def __init__(self, path, scale=None, threads=0):
+    def __init__(self, path, scale=None, threads=None):
         if onnxruntime is None:
             raise InputError("onnxruntime is not installed; pip install onnxruntime")
         if not path.is_file():
             raise InputError(f"--model {path}: no such file")
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or 0
         options.log_severity_level = 4
+        providers = [name for name in PROVIDERS if name in onnxruntime.get_available_providers()]
         try:
-            self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=onnxruntime.get_available_providers()
-            )
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # of many kinds
             raise InputError(f"--model {path}: is no ONNX file, or broken ({_line(error)})") from None
         facts = self.session.get_modelmeta().custom_metadata_map
@@ -65,34 +74,61 @@ class Network:
         self.scale = int(facts["smsr_scale"])
         if scale not in (None, self.scale):
             raise InputError(f"--scale {scale}: {path} is of x{self.scale}")
+        self.bytes_a_pixel = BYTES * int(facts.get("smsr_n_feats", 64))
         image = self.session.get_inputs()[0]
         self.n_colors = image.shape[3]
         self.dtype = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}[image.type]
 
     def __call__(self, image):
+        height, width = image.shape[:2]
+        needed = self.bytes_a_pixel * height * width
+        too_large = InputError(
+            f"not enough memory for an image of {height}x{width} pixels, which takes about {needed / 2**30:.1f} GiB; "
+            "cut it into parts"
+        )
+        if self.session.get_providers()[0] == "CPUExecutionProvider" and needed > _free_memory():
+            raise too_large
         try:
-            (sr,) = self.session.run(["sr"], {"image": image[None].astype(self.dtype)})
-        except Exception as error:
+            (sr,) = self.session.run(["sr"], {"image": image[None].astype(self.dtype, copy=False)})
+            if sr.dtype != np.uint8:
+                sr = np.rint(sr.astype(np.float32).clip(0, 255)).astype(np.uint8)
+        except Exception as error:  # of many kinds
             said = str(error).lower()
-            if "alloc" in said or "memory" in said:
-                height, width = image.shape[:2]
-                raise InputError(
-                    f"not enough memory for an image of {height}x{width} pixels; cut it into parts"
-                ) from None
+            if isinstance(error, MemoryError) or "alloc" in said or "memory" in said:
+                raise too_large from None
             raise
-        return np.rint(sr[0].astype(np.float32).clip(0, 255)).astype(np.uint8)
+        return sr[0]
+
+
+def _free_memory():
+    """Bytes; without end where the system does not tell. It would grant more, and kill the process on its use."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return sizes["MemAvailable"] + sizes["SwapFree"]
 
 
 def read(path, n_colors):
-    """An image file -> uint8 (H, W, n_colors), turned as its EXIF data say; 16-bit grey is reduced to 8."""
+    """An image file -> uint8 (H, W, n_colors), turned as its EXIF data say; 16-bit grey is reduced to 8.
+
+    Raises InputError if it is broken, has 32 bits a channel, or is too large to read.
+    """
     try:
         with Image.open(path) as image:
+            if image.mode in ("I", "F"):
+                raise InputError("has 32 bits a pixel; save it with 8 or 16")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):
                 image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
             array = np.asarray(image.convert("L" if n_colors == 1 else "RGB"))
+    except InputError:
+        raise
+    except (Image.DecompressionBombError, MemoryError):
+        raise InputError("is too large to read; cut it into parts") from None
     except Exception as error:  # decoders raise nearly anything on a broken file
-        raise InputError(f"{path}: is no image, or broken ({_line(error)})") from None
+        raise InputError(f"is no image, or broken ({_line(error)})") from None
     return array.reshape(*array.shape[:2], n_colors)
 
 
@@ -139,8 +175,7 @@ def main(argv=None):
             try:
                 write(target, network(read(path, network.n_colors)))
             except InputError as mistake:
-                message = str(mistake)
-                raise InputError(message if str(path) in message else f"{path}: {message}") from None
+                raise InputError(f"{path}: {mistake}") from None
     _progress(len(paths), len(paths), "")
     print(f"{len(paths)} images, written to {args.output}")
 

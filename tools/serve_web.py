@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from option import Parser, positive_int
+from option import Parser
 from utility import InputError, run_program
 
 FOLDER = Path(__file__).resolve().parent / "web"
@@ -56,10 +56,16 @@ def build_server(model, port=8000):
         raise InputError(f"--port {port}: {error.strerror}; choose another") from None
 
 
+def port(text):
+    if not text.isdecimal() or not 1 <= int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 65535")
+    return int(text)
+
+
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="FILE.onnx")
-    parser.add_argument("--port", type=positive_int, default=8000)
+    parser.add_argument("--port", type=port, default=8000)
     args = parser.parse_args(argv)
     with build_server(args.model, args.port) as server:
         print(f"http://localhost:{args.port}", flush=True)

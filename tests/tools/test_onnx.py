@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data.image import read_image, write_png
 from model import build_model, load_model
-from model.portable import MODES, bicubic_weights, build_portable
+from model.portable import MODES, PIXELS, ROWS, bicubic_weights, build_portable
 from tools.benchmark import main as benchmark_main
 from tools.export_onnx import export, version
 from tools.export_onnx import main as export_main
 from tools.run_onnx import InputError as RunError
-from tools.run_onnx import Network
+from tools.run_onnx import Network, read
 from tools.run_onnx import main as run_main
 from utility import InputError
 
@@ -27,26 +29,32 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SIZES = [(1, 1), (1, 2), (2, 1), (3, 5), (1, 40), (40, 1), (24, 24), (17, 32), (31, 18)]
 
 
-def with_masks(model, spatial=None, channels=None):
-    """`model` with every spatial mask full (True) or empty (False), and channels all dense, all sparse, or mixed."""
+@pytest.fixture
+def tiny(tiny):
+    """Its modules and masks change images by tens of grey levels, so that a wrong one is seen."""
     with torch.no_grad():
-        for block in model.blocks:
-            if spatial is not None:
-                block.spatial_mask[-1].bias.copy_(torch.tensor([-1e4, 1e4] if spatial else [1e4, -1e4]))
-            if channels is not None:
-                dense = torch.tensor(channels).expand(block.channel_logits.shape[1:3]).float()
-                block.channel_logits[0, ..., 0], block.channel_logits[0, ..., 1] = dense, 1 - dense
+        for block in tiny.blocks:
+            for conv in (*block.convs, block.collect):
+                conv.weight.mul_(6)
+    return tiny
+
+
+def with_masks(model, spatial=(), channels=()):
+    """`model` with the mask of each module full (True) or empty (False), and each layer's channels dense or sparse."""
+    with torch.no_grad():
+        for block, full in zip(model.blocks, spatial, strict=False):
+            block.spatial_mask[-1].bias.copy_(torch.tensor([-1e4, 1e4] if full else [1e4, -1e4]))
+        for block, layers in zip(model.blocks, channels, strict=False):
+            dense = torch.tensor(layers).expand(block.channel_logits.shape[1:3]).float()
+            block.channel_logits[0, ..., 0], block.channel_logits[0, ..., 1] = dense, 1 - dense
     return model
 
 
 MASKS = {
     "as they are": {},
-    "empty": {"spatial": False},
-    "full": {"spatial": True},
-    "all dense": {"channels": [True, True]},
-    "all sparse": {"channels": [False, False]},
-    "sparse, then dense": {"channels": [False, True]},
-    "dense, then sparse": {"channels": [True, False]},
+    "empty, full": {"spatial": (False, True)},
+    "all dense, all sparse": {"channels": ([True, True], [False, False])},
+    "sparse then dense, dense then sparse": {"channels": ([False, True], [True, False])},
 }
 
 
@@ -84,11 +92,31 @@ def test_whole_numbers_in_and_out(tiny):
     assert np.abs(sr - native(tiny, image)[0].clip(0, 255).round()).max() <= 1
 
 
-def test_half_precision(tiny):
+@pytest.mark.parametrize(("mode", "pixels"), zip(MODES, PIXELS, strict=True))
+def test_half_precision(tiny, mode, pixels):
     image = np.random.default_rng(1).integers(0, 256, (1, 13, 20, 3), dtype=np.uint8)
     expected = native(tiny.eval(), image)[0].clip(0, 255)
-    (sr,) = outputs(export(tiny.half()), image)
+    graph = export(tiny.half(), mode, pixels)
+    sr = outputs(graph, image if pixels == "uint8" else image.astype(np.float16))[0].astype(np.float32).clip(0, 255)
     assert np.abs(sr - expected).mean() < 2  # a mask may differ where its logits are nearly the same
+
+
+def test_layers_are_convolved_in_parts(tiny):
+    graph = export(with_masks(tiny.eval(), spatial=(True, True)), pixels="float")
+    assert sum(node.op_type == "Scan" for node in graph.graph.node) == sum(len(block.convs) for block in tiny.blocks)
+    for pixels in (ROWS - 2, ROWS, ROWS + 2, 2 * ROWS - 2, 2 * ROWS):
+        image = np.random.default_rng(0).integers(0, 256, (1, 2, pixels // 2, 3)).astype(np.float32)
+        assert np.abs(outputs(graph, image)[0] - native(tiny, image)[0]).max() < 1e-2
+
+
+def test_a_residual_scale_that_weights_do_not_tell(tmp_path):
+    model = build_model("EDSR", scale=2, n_feats=8, n_resblocks=2, res_scale=0.1).eval()
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    line = ["--pre_train", str(tmp_path / "w.pt"), "--output", str(tmp_path / "w.onnx"), "--pixels", "float"]
+    export_main([*line, "--res_scale", "0.1"])
+    image = np.random.default_rng(0).integers(0, 256, (1, 9, 12, 3)).astype(np.float32)
+    expected, _ = model.inference(torch.from_numpy(image).permute(0, 3, 1, 2))
+    assert np.abs(outputs(onnx.load(tmp_path / "w.onnx"), image)[0] - expected.permute(0, 2, 3, 1).numpy()).max() < 1e-2
 
 
 @pytest.mark.parametrize("n_colors", [1, 3])
@@ -122,11 +150,11 @@ def test_the_graph_is_plain_onnx(tiny, mode):
     assert sizes == [[1 if mode == "sparse" else "N", "H", "W", 3], [1 if mode == "sparse" else "N", "2*H", "2*W", 3]]
 
 
-def test_the_portable_network_agrees_on_the_sample_images(shared):
-    model = load_model(shared / "reference/SMSR_X2.pt")
-    folder = REPOSITORY / "testsets/benchmark/Sample/LR_bicubic/X2"
+def test_the_portable_network_agrees_on_sample_images():
+    model = load_model(REPOSITORY / "experiment/SMSR_X4/model/model_best.pt")
+    folder = REPOSITORY / "testsets/benchmark/Sample/LR_bicubic/X4"
     session = onnxruntime.InferenceSession(export(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    for path in sorted(folder.iterdir())[:2]:
+    for path in sorted(folder.iterdir()):
         image = read_image(path)[None]
         (sr,) = session.run(None, {"image": image})
         assert np.abs(sr - native(model, image)[0].clip(0, 255).round()).max() <= 1
@@ -136,11 +164,11 @@ def test_the_portable_network_agrees_on_the_sample_images(shared):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, tiny):
-    """Weights, their graph, and a folder of three images."""
+def folder(tmp_path, monkeypatch, tiny, exported):
+    """Weights, those of `tiny` from now on, their graph, and a folder of three images."""
     monkeypatch.chdir(tmp_path)
-    torch.save(tiny.state_dict(), "w.pt")
-    export_main(["--pre_train", "w.pt", "--output", "w.onnx"])
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    tiny.load_state_dict(torch.load("w.pt"))
     rng = np.random.default_rng(0)
     for index, size in enumerate([(9, 14), (10, 7), (1, 1)]):
         write_png(tmp_path / f"photos/{index}.png", rng.integers(0, 256, (*size, 3), dtype=np.uint8))
@@ -201,7 +229,7 @@ def test_mistakes_of_running(folder, monkeypatch):
     onnx.save(other, "other.onnx")
     Path("broken.onnx").write_bytes(b"broken")
     Path("empty").mkdir()
-    Path("photos/text.png").write_text("no image")
+    Path("photos/1_text.png").write_text("no image")
     for line, said in (
         ("--model other.onnx --input photos --output out", "other.onnx: was not made by tools/export_onnx.py"),
         ("--model broken.onnx --input photos --output out", "broken.onnx: is no ONNX file, or broken"),
@@ -209,18 +237,36 @@ def test_mistakes_of_running(folder, monkeypatch):
         ("--model w.onnx --input photos --output out --scale 3", "--scale 3: w.onnx is of x2"),
         ("--model w.onnx --input absent --output out", "--input absent: no such file or folder"),
         ("--model w.onnx --input empty --output out", "--input empty: no images there"),
-        ("--model w.onnx --input photos --output out", "photos/text.png: is no image, or broken"),
+        ("--model w.onnx --input photos --output out", "photos/1_text.png: is no image, or broken"),
         ("--model w.onnx", "required"),
+        ("--model w.onnx --input photos --output out --threads 0", "--threads: '0' is not a number from 1 to 256"),
     ):
         with pytest.raises(RunError, match=said):
             run_main(line.split())
-    assert len(list(Path("out").glob("*.png"))) == 3  # what could be done was done
+    assert len(list(Path("out").glob("*.png"))) == 2  # those before it
     Path("photos/0.jpg").write_bytes(Path("photos/0.png").read_bytes())
     with pytest.raises(RunError, match="would be written to the same file"):
         run_main(["--model", "w.onnx", "--input", "photos", "--output", "out"])
     monkeypatch.setattr("tools.run_onnx.onnxruntime", None)
     with pytest.raises(RunError, match="pip install onnxruntime"):
         run_main(["--model", "w.onnx", "--input", "photos", "--output", "out"])
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F"])
+@pytest.mark.parametrize("n_colors", [1, 3])
+def test_images_are_read_as_the_project_reads_them(tmp_path, mode, n_colors):
+    path = tmp_path / "image.tif"
+    numbers = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    if mode in ("I;16", "I", "F"):
+        image = Image.fromarray(numbers[..., 0].astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]) * 200)
+    else:
+        image = Image.fromarray(numbers).convert(mode)
+    image.save(path)
+    if mode in ("I", "F"):
+        with pytest.raises(RunError, match="32 bits"):
+            read(path, n_colors)
+    else:
+        assert (read(path, n_colors) == read_image(path, n_colors)).all()
 
 
 def test_portable_networks_need_no_exporter(tiny):

@@ -7,23 +7,19 @@ import pytest
 import torch
 
 from data.image import write_png
-from tools.export_onnx import main as export
 from tools.serve_web import FOLDER, build_server
 from utility import InputError
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxscript")
 needs_runtime = pytest.mark.skipif(
     not (FOLDER / "node_modules/onnxruntime-web").is_dir(), reason="needs npm install --prefix tools/web"
 )
 
 
 @pytest.fixture
-def page(tmp_path, tiny, browser):
-    """The browser at the page, and what tells of it."""
-    torch.save(tiny.state_dict(), tmp_path / "w.pt")
-    export(["--pre_train", str(tmp_path / "w.pt"), "--output", str(tmp_path / "w.onnx")])
-    server = build_server(tmp_path / "w.onnx", port=0)
+def page(tiny, exported, browser):
+    """The browser at the page, with the network `tiny`."""
+    tiny.load_state_dict(torch.load(exported / "w.pt"))
+    server = build_server(exported / "w.onnx", port=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     browser.get(f"http://localhost:{server.server_port}")
     yield browser
@@ -54,12 +50,33 @@ def test_an_image_is_upscaled_in_the_browser(page, tmp_path, tiny):
     sr = iio.imread(base64.b64decode(link.get_attribute("href").split(",")[1]))[..., :3]
     expected, _ = tiny.eval().inference(torch.tensor(image).permute(2, 0, 1)[None].float(), "sparse")
     expected = expected[0].permute(1, 2, 0).clamp(0, 255).round().numpy()
-    assert np.abs(sr - expected).max() <= 2
+    assert np.abs(sr - expected).max() <= 1
     page.execute_script(
         "const p = document.getElementById('position'); p.value = 20; p.dispatchEvent(new Event('input'))"
     )
     assert "20%" in page.find_element("id", "sr").value_of_css_property("clip-path")
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+DROP_TWICE = """
+const [name, base64] = arguments;
+const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+for (const which of ["first", "second"]) {
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([bytes], `${which} ${name}`, { type: "image/png" }));
+  document.getElementById("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, cancelable: true }));
+}
+"""
+
+
+@needs_runtime
+def test_an_image_is_dropped_and_another_while_it_is_upscaled(page, tmp_path):
+    write_png(tmp_path / "photo.png", np.zeros((8, 6, 3), np.uint8))
+    wait_for(page, lambda said: said.startswith("ready"))
+    page.execute_script(DROP_TWICE, "photo.png", base64.b64encode((tmp_path / "photo.png").read_bytes()).decode())
+    wait_for(page, lambda said: "6x8 to 12x16 in" in said)
+    assert status(page).startswith("first photo.png")
+    assert page.find_element("id", "file").is_enabled()
 
 
 @needs_runtime
