@@ -9,6 +9,7 @@ Needs onnxruntime, numpy and pillow alone, and nothing else of this project: the
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -165,9 +166,13 @@ def _line(error):
 
 def main(argv=None):
     args = parse(argv)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the memory decides what is too large
     network = Network(args.model, args.scale, args.threads)
     paths = find(args.input)
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {args.output}: {error.strerror}; name a folder") from None
     for index, path in enumerate(paths):
         _progress(index, len(paths), path.name)
         target = args.output / f"{path.stem}_x{network.scale}_SR.png"

@@ -239,6 +239,7 @@ def test_mistakes_of_running(folder, monkeypatch):
         ("--model w.onnx --input empty --output out", "--input empty: no images there"),
         ("--model w.onnx --input photos --output out", "photos/1_text.png: is no image, or broken"),
         ("--model w.onnx", "required"),
+        ("--model w.onnx --input photos --output w.pt", "--output w.pt: File exists; name a folder"),
         ("--model w.onnx --input photos --output out --threads 0", "--threads: '0' is not a number from 1 to 256"),
     ):
         with pytest.raises(RunError, match=said):
