@@ -304,6 +304,10 @@ def seed(text):
     return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number of 0 or more")
 
 
+def port(text):
+    return _number(text, int, lambda value: 0 < value < 2**16, "a number from 1 to 65535")
+
+
 def plain_name(text):
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no name of letters, digits and . _ -")

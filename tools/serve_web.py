@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from option import Parser
+from option import Parser, port
 from utility import InputError, run_program
 
 FOLDER = Path(__file__).resolve().parent / "web"
@@ -54,12 +54,6 @@ def build_server(model, port=8000):
         return http.server.ThreadingHTTPServer(("localhost", port), functools.partial(Handler, model=model))
     except OSError as error:
         raise InputError(f"--port {port}: {error.strerror}; choose another") from None
-
-
-def port(text):
-    if not text.isdecimal() or not 1 <= int(text) < 2**16:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 65535")
-    return int(text)
 
 
 def main(argv=None):
