@@ -1,6 +1,11 @@
 """Fixtures: small networks, small sets of images on the disk, and the reference data where it is at hand."""
 
 import os
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # threads of several test processes would wait spinning for each other
+    cores = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))  # before torch is loaded
+
 import shutil
 from pathlib import Path
 
