@@ -97,6 +97,7 @@ def _in_parts(graph):
             readers.setdefault(name, []).append(node)
     numbers = {"parts_longest": 9 * ROWS, "parts_round_up": 9 * ROWS - 1, "parts_rest": -1}
     graph.initializer.extend(numpy_helper.from_array(np.array([value]), key) for key, value in numbers.items())
+    divided = set()  # indices of which there are parts
     for node in [node for node in graph.node if node.op_type == "MatMul"]:
         reshape = makers.get(node.input[0])
         gather = makers.get(reshape.input[0]) if reshape is not None and reshape.op_type == "Reshape" else None
@@ -115,13 +116,18 @@ def _in_parts(graph):
             [helper.make_tensor_value_info(f"{name}_around", TensorProto.INT64, [None])],
             [helper.make_tensor_value_info(f"{name}_part", weight.data_type, [None, weight.dims[1]])],
         )
-        new = [
-            helper.make_node("Shape", [gather.input[1]], [f"{name}_size"]),
-            helper.make_node("Add", [f"{name}_size", "parts_round_up"], [f"{name}_rounded"]),
-            helper.make_node("Div", [f"{name}_rounded", "parts_longest"], [f"{name}_count"]),
-            helper.make_node("Concat", [f"{name}_count", "parts_rest"], [f"{name}_shape"], axis=0),
-            helper.make_node("Reshape", [gather.input[1], f"{name}_shape"], [f"{name}_parts"]),
-            helper.make_node("Scan", [f"{name}_parts"], [f"{name}_stacked"], body=body, num_scan_inputs=1),
+        indices, new = gather.input[1], []
+        if indices not in divided:
+            divided.add(indices)
+            new = [
+                helper.make_node("Shape", [indices], [f"{indices}_size"]),
+                helper.make_node("Add", [f"{indices}_size", "parts_round_up"], [f"{indices}_rounded"]),
+                helper.make_node("Div", [f"{indices}_rounded", "parts_longest"], [f"{indices}_count"]),
+                helper.make_node("Concat", [f"{indices}_count", "parts_rest"], [f"{indices}_shape"], axis=0),
+                helper.make_node("Reshape", [indices, f"{indices}_shape"], [f"{indices}_parts"]),
+            ]
+        new += [
+            helper.make_node("Scan", [f"{indices}_parts"], [f"{name}_stacked"], body=body, num_scan_inputs=1),
             helper.make_node("Reshape", [f"{name}_stacked", f"{name}_flat"], [name]),
         ]
         graph.initializer.append(numpy_helper.from_array(np.array([-1, weight.dims[1]]), f"{name}_flat"))
@@ -162,6 +168,7 @@ def main(argv=None):
     mode = args.mode or ("dense" if dense else "sparse")
     if args.masks and dense:
         raise InputError(f"--masks: {args.pre_train} is of EDSR, which has none; leave it out")
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # if it cannot be, that is told before a minute of work
     graph = export(model.to(PRECISIONS[args.precision]), mode, args.pixels, args.masks)
     facts = {
         "scale": model.scale,

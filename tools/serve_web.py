@@ -48,6 +48,8 @@ def build_server(model, port=8000):
     """A server of the page on this machine alone; port 0: any that is free. Raises InputError."""
     if not model.is_file():
         raise InputError(f"--model {model}: no such file; make it with tools/export_onnx.py")
+    if b"smsr_scale" not in model.read_bytes():  # of the metadata, which a page does not get to see
+        raise InputError(f"--model {model}: was not made by tools/export_onnx.py; serve one that was")
     if not (FOLDER / "node_modules/onnxruntime-web").is_dir():
         raise InputError("onnxruntime-web is not installed; npm install --prefix tools/web")
     try:

@@ -217,6 +217,12 @@ def test_mistakes_of_exporting(folder):
     assert Network(Path("e.onnx")).scale == 2
 
 
+def test_a_folder_that_cannot_be_is_told_before_the_work(folder, monkeypatch):
+    monkeypatch.setattr("tools.export_onnx.export", None)  # would fail otherwise
+    with pytest.raises(OSError, match=r"w\.pt"):
+        export_main(["--pre_train", "w.pt", "--output", "w.pt/e.onnx"])
+
+
 def test_without_onnx_the_line_says_what_to_install(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(InputError, match=r"pip install -r requirements-deploy\.txt"):

@@ -88,10 +88,13 @@ def test_what_is_no_image_is_told(page, tmp_path):
     assert page.find_element("id", "file").is_enabled()
 
 
-def test_mistakes_are_named(tmp_path, monkeypatch):
+def test_mistakes_are_named(tmp_path, exported, monkeypatch):
     with pytest.raises(InputError, match=r"absent\.onnx: no such file"):
         build_server(tmp_path / "absent.onnx")
     (tmp_path / "m.onnx").touch()
+    with pytest.raises(InputError, match=r"m\.onnx: was not made by tools/export_onnx\.py"):
+        build_server(tmp_path / "m.onnx")
+    (tmp_path / "m.onnx").write_bytes((exported / "w.onnx").read_bytes())
     monkeypatch.setattr("tools.serve_web.FOLDER", tmp_path)
     with pytest.raises(InputError, match="npm install --prefix tools/web"):
         build_server(tmp_path / "m.onnx")
