@@ -168,7 +168,10 @@ def main(argv=None):
     mode = args.mode or ("dense" if dense else "sparse")
     if args.masks and dense:
         raise InputError(f"--masks: {args.pre_train} is of EDSR, which has none; leave it out")
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # if it cannot be, that is told before a minute of work
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)  # before a minute of work
+    except OSError as error:
+        raise InputError(f"--output {args.output}: its folder cannot be made: {error.strerror}") from None
     graph = export(model.to(PRECISIONS[args.precision]), mode, args.pixels, args.masks)
     facts = {
         "scale": model.scale,

@@ -219,7 +219,7 @@ def test_mistakes_of_exporting(folder):
 
 def test_a_folder_that_cannot_be_is_told_before_the_work(folder, monkeypatch):
     monkeypatch.setattr("tools.export_onnx.export", None)  # would fail otherwise
-    with pytest.raises(OSError, match=r"w\.pt"):
+    with pytest.raises(InputError, match=r"--output w\.pt/e\.onnx: its folder cannot be made"):
         export_main(["--pre_train", "w.pt", "--output", "w.pt/e.onnx"])
 
 
