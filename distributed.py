@@ -1,10 +1,12 @@
-"""Several processes that train or measure together, as torchrun starts them: who is who, and what they exchange.
+"""Several processes that train or test together, started by torchrun: their ranks, and what they exchange.
 
-With one process all of it is trivial. The process of rank 0 is the one that writes and speaks; the others help.
+With a single process every function here is trivial. The process of rank 0 is the main one: it writes files and logs.
 """
 
 import contextlib
 import os
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,60 +14,61 @@ import torch.distributed as dist
 from utility import InputError, logger, pick_device
 
 
-def is_launched():
-    """Whether torchrun, or another launcher, started this process as one of several."""
+def is_launched() -> bool:
+    """Whether torchrun or another launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def start(name):
-    """Meet the other processes, if there are any. Returns the device `name` (see utility.pick_device) of this one.
+def start(name: str) -> torch.device:
+    """Join the other processes, if there are any, and return the device `name` (see utility.pick_device) of this one.
 
-    Each process takes a GPU of its machine where `name` is cuda, or auto and there are GPUs. Raises InputError.
+    Each process takes its own GPU if `name` is cuda, or auto with GPUs available. Raises InputError.
     """
     if not is_launched():
         return pick_device(name)
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= torch.cuda.device_count():
+        local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= n_gpus:
             raise InputError(
-                f"--nproc_per_node: process {local_rank + 1} on a machine with {torch.cuda.device_count()} GPUs; "
-                "start as many as there are"
+                f"process {local_rank + 1} runs on a machine with {n_gpus} GPUs; start one process per GPU",
+                argument="nproc_per_node",
             )
         name = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
     elif name.startswith("cuda"):
-        raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; take --device cuda")
+        raise InputError(f"torchrun gives each process its own GPU; use cuda instead of {name}", argument="device")
     device = pick_device(name)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if is_helper():
+    if not is_main_process():
         logger.setLevel("ERROR")
     return device
 
 
-def stop():
+def stop() -> None:
+    """Leave the group of processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size():
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_helper():
-    return rank() > 0
+def is_main_process() -> bool:
+    return rank() == 0
 
 
-def is_lost(error):
-    """Whether this is what remains of an exchange with a process that is gone."""
+def is_connection_lost(error: Exception) -> bool:
+    """Whether an error means that another process has died."""
     return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-def gather(value):
-    """The values of all processes, in the order of their ranks; picklable."""
+def gather(value: Any) -> list:
+    """Return the values of all processes in the order of their ranks; they must be picklable."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -73,7 +76,7 @@ def gather(value):
     return values
 
 
-def any_rank(flag):
+def any_rank(flag: bool) -> bool:
     """Whether `flag` is true in any process."""
     if world_size() == 1:
         return flag
@@ -82,7 +85,7 @@ def any_rank(flag):
     return bool(flag)
 
 
-def average(tensors):
+def average(tensors: Iterable[torch.Tensor]) -> None:
     """Replace each tensor by its mean over all processes."""
     if world_size() > 1:
         for tensor in tensors:
@@ -91,10 +94,10 @@ def average(tensors):
 
 
 @contextlib.contextmanager
-def main_first():
-    """The process of rank 0 goes through what is within first: it finds nothing done, and the others all of it."""
-    if is_helper():
+def main_process_first() -> Iterator[None]:
+    """Let the main process run the block before the others, which then find its files."""
+    if not is_main_process():
         dist.barrier()
     yield
-    if world_size() > 1 and not is_helper():
+    if world_size() > 1 and is_main_process():
         dist.barrier()

@@ -1,101 +1,123 @@
-"""Run a network over a set of images and measure it."""
+"""Run a network over a set of images and measure quality, time and cost."""
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 import distributed
-from metrics import luma, psnr, quantize, shave, ssim
+from data.srdata import WholeImages
+from metrics import luma, psnr, shave, ssim
+from model.network import Cost, Network, Predict
 from utility import InputError, is_out_of_memory, synchronize
 
+Metrics = dict[str, Any]  # the content of metrics.json
+Save = Callable[[str, np.ndarray, np.ndarray, np.ndarray], None]
 
-def evaluate(model, images, run=None, rgb_range=255, save=None, warm_up=True):
-    """Run a model over a WholeImages set.
 
-    Benchmark sets are measured on Y, `scale` border pixels shaved; other sets on RGB too, `scale + 6` shaved.
-    Where several processes run, each takes a share of the images; all return the numbers of all images.
+def evaluate(
+    model: Network,
+    images: WholeImages,
+    predict: Predict | None = None,
+    save: Save | None = None,
+    warm_up: bool = True,
+) -> Metrics:
+    """Run a network over a set and return the content of metrics.json; PSNR and SSIM are nan without HR images.
+
+    Benchmark sets are measured on Y with `scale` border pixels shaved, other sets on RGB too, with `scale + 6` shaved.
+    Several processes share the images; all of them return the numbers of all images.
 
     Args:
-        run: LR (1, C, H, W) -> SR and Work, see model/inference.py; None: model.inference
-        save: called with (name, LR, SR, masks) for each image: uint8 (H, W, C), and bool (K, H, W) without padding
-        warm_up: run the first image once before the clock starts
+        predict: runs the network, see model/inference.py; None: model.inference
+        save: called with (name, LR, SR, masks) of each image: uint8 (H, W, C), and bool (K, H, W) without padding
+        warm_up: run the first image once before measuring times
 
-    Returns:
-        the dict of metrics.json; without HR images its PSNR and SSIM are nan
+    Raises InputError if an image does not fit in memory.
     """
     model.eval()
-    run = run or model.inference
-    parameter = next(model.parameters())
-    measured = []  # (row, Work) of each image of this process
+    predict = predict or model.inference
+    measured = []  # (row, Cost) of each image of this process
     mine = range(distributed.rank(), len(images), distributed.world_size())
-    with tqdm(mine, desc=images.name, unit="image", leave=False, disable=distributed.is_helper()) as progress:
+    with tqdm(mine, desc=images.name, unit="image", leave=False, disable=not distributed.is_main_process()) as progress:
         for index in progress:
             name, lr, hr = images[index]
-            x = lr[None].to(parameter.device, parameter.dtype) * (rgb_range / 255)
-            try:
-                if warm_up and index == mine.start:
-                    run(x)
-                synchronize(parameter.device)
-                started = time.perf_counter()
-                sr, work = run(x)
-                synchronize(parameter.device)
-                seconds = time.perf_counter() - started
-                sr = quantize(sr[0], rgb_range)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                height, width = x.shape[2:]
-                raise InputError(
-                    f"{name}: not enough memory for an image of {height}x{width} pixels; "
-                    "add --chop, or with it a smaller --chop_size"
-                ) from None
+            sr, cost, seconds = _run(model, name, lr, predict, warm_up and index == mine.start)
             if save:
-                save(name, quantize(lr, 255), sr, masks_of(work))
-            row = {"name": name, "lr_shape": list(lr.shape[1:])}
+                save(name, lr, sr, masks_of(cost))
+            row = {"name": name, "lr_shape": list(lr.shape[:2])}
             row |= compare(sr, hr, images.scale, rgb=not images.benchmark)
-            row |= {"seconds": seconds, "mask_density": work.mask_density, "active_share": work.active_share}
-            measured.append((row, replace(work, masks=())))
-    shares = distributed.gather(measured)  # one image after the other, as they were dealt out
-    rows, works = zip(*(shares[i % len(shares)][i // len(shares)] for i in range(len(images))), strict=True)
+            row |= {"seconds": seconds, "mask_density": cost.mask_density, "active_share": cost.active_share}
+            measured.append((row, replace(cost, masks=())))
+    shares = distributed.gather(measured)  # image by image, in the order in which they were distributed
+    rows, costs = zip(*(shares[i % len(shares)][i // len(shares)] for i in range(len(images))), strict=True)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts = {"dataset": images.name, "scale": images.scale, "model": type(model).__name__, "parameters": n_parameters}
+    return facts | _summarize(rows, costs, images.scale)
+
+
+def _run(model, name, lr, predict, warm_up):
+    """Upscale an image: uint8 (H, W, C) -> uint8 (sH, sW, C), its Cost, and the seconds it took."""
+    x = model.to_input(lr[None])
+    try:
+        if warm_up:
+            predict(x)
+        synchronize(model.device)
+        started = time.perf_counter()
+        sr, cost = predict(x)
+        synchronize(model.device)
+        seconds = time.perf_counter() - started
+        return model.to_images(sr)[0].cpu().numpy(), cost, seconds
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        height, width = lr.shape[:2]
+        raise InputError(
+            f"{name}: not enough memory for an image of {height}x{width} pixels; process it in tiles (chop), "
+            "or in smaller ones (chop_size)",
+            argument="chop",
+        ) from None
+
+
+def _summarize(rows: Sequence[dict], costs: Sequence[Cost], scale: int) -> Metrics:
+    """The means over a set, and the rows of its images."""
 
     def mean(values):
         return sum(values) / len(rows)
 
-    columns = [key for key in rows[0] if key.startswith(("psnr", "ssim"))]
-    return (
-        {"dataset": images.name, "scale": images.scale, "model": type(model).__name__}
-        | {"parameters": sum(p.numel() for p in model.parameters())}
-        | {key: mean(row[key] for row in rows) for key in columns}
-        | {
-            "n_images": len(rows),
-            "seconds_per_image": mean(row["seconds"] for row in rows),
-            "gmacs": mean(work.macs for work in works) / 1e9,
-            "gmacs_dense": mean(work.macs_dense for work in works) / 1e9,
-            "gmacs_run": mean(work.macs_run for work in works) / 1e9,
-            "gmacs_at_1280x720": at_1280x720(works, "macs", images.scale),
-            "gmacs_dense_at_1280x720": at_1280x720(works, "macs_dense", images.scale),
-            "active_share": mean(work.active_share for work in works),
-            "images": list(rows),
-        }
-    )
+    quality = [key for key in rows[0] if key.startswith(("psnr", "ssim"))]
+    return {key: mean(row[key] for row in rows) for key in quality} | {
+        "n_images": len(rows),
+        "seconds_per_image": mean(row["seconds"] for row in rows),
+        "gmacs": mean(cost.macs for cost in costs) / 1e9,
+        "gmacs_dense": mean(cost.macs_dense for cost in costs) / 1e9,
+        "gmacs_run": mean(cost.macs_run for cost in costs) / 1e9,
+        "gmacs_at_1280x720": macs_at_1280x720(costs, "macs", scale) / 1e9,
+        "gmacs_dense_at_1280x720": macs_at_1280x720(costs, "macs_dense", scale) / 1e9,
+        "active_share": mean(cost.active_share for cost in costs),
+        "images": list(rows),
+    }
 
 
-def masks_of(work):
-    """The masks of one image, bool array (K, H, W); K is 0 for a network that has none."""
-    return np.array([mask[0, 0].cpu().numpy() for mask in work.masks])
+def masks_of(cost: Cost) -> np.ndarray:
+    """The masks of a single image, bool (K, H, W); K is 0 for a network without masks."""
+    return np.array([mask[0, 0].cpu().numpy() for mask in cost.masks])
 
 
-def at_1280x720(works, count, scale):
-    """The named count of `Work`, in 1e9, of an output of 1280 x 720 pixels, on which the paper counts them."""
-    pixels = sum(work.pixels for work in works)
-    return sum(getattr(work, count) for work in works) / pixels * (1280 * 720 / scale**2) / 1e9
+def macs_at_1280x720(costs: Sequence[Cost], count: str, scale: int) -> float:
+    """The named count of `Cost` for an output of 1280 x 720 pixels, the size for which the paper reports it."""
+    pixels = sum(cost.pixels for cost in costs)
+    return sum(getattr(cost, count) for cost in costs) / pixels * (1280 * 720 / scale**2)
 
 
-def compare(sr, hr, scale, rgb=False):
-    """PSNR and SSIM of uint8 images (H, W, C), by the protocol of benchmark sets and, if `rgb`, that of DIV2K."""
+def compare(sr: np.ndarray, hr: np.ndarray | None, scale: int, rgb: bool = False) -> dict[str, float]:
+    """PSNR (dB) and SSIM of uint8 images (H, W, C) on Y with `scale` border pixels shaved, as for benchmark sets.
+
+    With `rgb`, PSNR on RGB with `scale + 6` shaved too, as for DIV2K. Without HR image both are nan.
+    """
     if hr is None:
         return {"psnr_y": math.nan, "ssim_y": math.nan}
     sr_y, hr_y = shave(luma(sr), scale), shave(luma(hr), scale)
@@ -105,14 +127,14 @@ def compare(sr, hr, scale, rgb=False):
     return measured
 
 
-def headline(metrics):
-    """(name, value) of the PSNR that a set is known by: on RGB where the protocol says so, else on Y."""
+def headline(metrics: Metrics) -> tuple[str, float]:
+    """The name and value of the PSNR that is reported for a set: on RGB where its protocol asks for it, else on Y."""
     name = "psnr_rgb" if "psnr_rgb" in metrics else "psnr_y"
     return name, metrics[name]
 
 
-def table(metrics):
-    """The lines of `evaluate`'s result, image by image and mean; PSNR and SSIM where there were HR images."""
+def table(metrics: Metrics) -> list[str]:
+    """The lines of a table: every image and the mean, with PSNR and SSIM where there are HR images."""
     columns = {"active_share": ("active", ".3f"), "seconds": ("seconds", ".3f")}
     psnr_name, psnr_mean = headline(metrics)
     if not math.isnan(psnr_mean):

@@ -1,39 +1,41 @@
-"""SMSR: Learning Sparse Masks for Efficient Image Super-Resolution. Train, test, run."""
+"""SMSR: Learning Sparse Masks for Efficient Image Super-Resolution. Train, test, upscale."""
 
+import argparse
 import functools
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import distributed
 import option
-import pictures
-import watch
-from data import build_test_sets, build_train_loader
+import visualize
+from checkpoint import Experiment, write_options
+from data import DataSettings, PatchSettings, build_test_sets, build_train_loader
 from data.image import write_png
+from data.srdata import PatchLoader, WholeImages
+from data.video import upscale_video
 from evaluation import evaluate, table
 from loss import build_loss
-from model import build_model, read_weights
-from model.inference import build_run
-from trainer import Schedules, Trainer, build_optimizer
-from utility import (
-    INTERRUPTED,
-    Experiment,
-    InputError,
-    logger,
-    run_program,
-    write_json,
-    write_options,
-    write_whole,
-)
-from video import upscale_video
+from loss.adversarial import AdversarialSettings
+from model import StateDict, build_model, read_weights
+from model.inference import build_predictor
+from model.network import Network, Predict
+from recovery import resume_hint
+from summary import TensorBoard, check_tensorboard
+from trainer import Schedules, Trainer, TrainSettings, dry_run
+from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
+from utility import INTERRUPTED, PRECISIONS, InputError, logger, run_program, write_json, write_whole
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with a command line; returns the exit code. Raises InputError."""
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO, force=True)
     args = option.parse(argv)
     stored = {}
@@ -48,141 +50,205 @@ def main(argv=None):
         distributed.stop()
 
 
-def train(args, stored, device):
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device) -> int:
+    """Train, or resume the run with the options `stored`; returns the exit code."""
     deadline = time.monotonic() + args.time_limit * 60
     if args.tensorboard:
-        watch.check_installed()
+        check_tensorboard()
     experiment = Experiment(args.save)
     state = experiment.load_checkpoint() if args.load else None
     if state is None and not args.dry_run:
-        experiment.check_start(args.reset, keep=args.pre_train)
+        check_new_run(args, experiment)
     weights = state["model"] if state else read_weights(args.pre_train) if args.pre_train else None
-    model = make_model(args, weights, args.pre_train or args.load, transfer=state is None)
-    model = model.to(device, memory_format=torch.channels_last)
-    criterion = build_loss(
-        args.loss, args.n_colors, args.rgb_range, args.vgg_weights, args.patch_size * args.scale,
-        k=args.gan_k, lr=args.lr, betas=args.betas, eps=args.epsilon, weight_decay=args.weight_decay,
-    ).to(device)  # fmt: skip
-    optimizer = build_optimizer(
-        args.optimizer, model.parameters(), args.lr, args.betas, args.epsilon, args.momentum, args.weight_decay
-    )
-    test_sets = build_test_sets(args.data_test, args.dir_data, args.scale, args.data_range, args.n_colors)
-    with distributed.main_first():  # it builds the cache
-        ext = "sep" if distributed.is_helper() and args.ext == "sep_reset" else args.ext
-        loader = build_train_loader(
-            args.data_train, args.dir_data, args.scale, args.data_range, args.patch_size, not args.no_augment,
-            args.n_colors, ext, args.seed, args.batch_size, args.test_every, args.n_threads, device.type == "cuda",
-            distributed.rank(), distributed.world_size(),
-        )  # fmt: skip
-    schedules = Schedules(
-        args.lr, args.decay, args.gamma, args.tau_min, args.tau_epochs, args.lambda_sparsity, args.lambda_warmup
-    )
-    trainer = Trainer(
-        model, criterion, optimizer, loader, test_sets, experiment, schedules, args.seed, args.rgb_range, args.gclip,
-        args.split_batch, args.skip_threshold, args.max_bad_steps, option.PRECISIONS[args.precision], args.compile,
-        args.ema, args.print_every, args.save_models, deadline,
-    )  # fmt: skip
+    model = build_network(args, weights, args.pre_train or args.load, transfer=state is None)
+    trainer = build_trainer(args, model.to(device, memory_format=torch.channels_last), experiment, deadline)
     if state:
         trainer.load_state(state)
         if trainer.epoch > args.epochs:
-            raise InputError(f"--load {args.save}: has its {trainer.epoch - 1} epochs; ask for more with --epochs")
+            raise InputError(f"--load {args.save}: all {trainer.epoch - 1} epochs are done; add more with --epochs")
     if args.dry_run:
-        for line in trainer.dry_run(args.epochs):
+        for line in dry_run(trainer, args.epochs):
             logger.info(line)
         return 0
-    if distributed.is_helper():
-        return exit_code(trainer.fit(args.epochs), deadline)
-    if not state:
-        with experiment.alone():
-            experiment.start(args.reset)
-    with experiment.alone(), experiment.logging(), logging_redirect_tqdm():
-        if args.tensorboard:
-            trainer.board = watch.Board(experiment.folder, args.images_every)
-        origin = {key: stored[key] for key in ("pre_train", "template") if key in stored}
-        write_options(experiment.folder / "options.json", {**vars(args), **origin}, option.defaults())
-        n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        logger.info(f"{args.model} x{args.scale}, {n_parameters:,} parameters, {len(loader.dataset)} images, {device}")
-        for change in option.changes(args, stored):
-            logger.info(f"from here on: {change}")
-        finished = trainer.fit(args.epochs)
-        if finished:
-            logger.info(f"written to {experiment.folder}")
-        else:
-            logger.info(f"go on with: python main.py --load {args.save}")
-    return exit_code(finished, deadline)
-
-
-def exit_code(finished, deadline):
-    """Stopped in time is success: torchrun and batch systems would report anything else as a failure."""
+    if distributed.is_main_process() and not state:
+        with experiment.lock():
+            experiment.create(args.reset)
+    finished = fit_and_log(args, stored, trainer) if distributed.is_main_process() else trainer.fit(args.epochs)
+    # Stopping at the time limit is a success: torchrun and batch systems report anything else as a failure.
     return 0 if distributed.any_rank(finished or time.monotonic() > deadline) else INTERRUPTED
 
 
-def test(args, device):
-    experiment = Experiment(args.save)
-    path = args.pre_train
-    if args.load:
-        path = experiment.weights_path({0: "best", -1: "latest"}.get(args.resume, args.resume))
-        if not path.is_file():
-            raise InputError(f"--resume {args.resume}: no {path}; --save_models keeps those of all epochs")
-    if not path:
-        raise InputError("--test_only needs weights: give --pre_train FILE, or --load NAME for those of a run")
-    model = make_model(args, read_weights(path), path)
-    model = model.to(device, option.PRECISIONS[args.precision], memory_format=torch.channels_last)
-    run = build_run(model, args.inference, args.chop, args.chop_size, args.self_ensemble)
-    if "video" in args.data_test:
-        return test_video(args, experiment, model, run, path)
-    test_sets = build_test_sets(
-        args.data_test, args.dir_data, args.scale, args.data_range, args.n_colors, args.dir_demo
+def check_new_run(args: argparse.Namespace, experiment: Experiment) -> None:
+    """Raise InputError if the new run would overwrite another one, or the weights that it starts from."""
+    if not experiment.exists():
+        return
+    if not args.reset:
+        resume = f", resume with --load {args.save}" if experiment.checkpoint_path.exists() else ""
+        raise InputError(
+            f"--save {args.save}: {experiment.folder} already contains a run; "
+            f"choose another --save{resume}, or overwrite it with --reset"
+        )
+    if args.pre_train and experiment.contains(args.pre_train):
+        raise InputError(f"--reset: would delete --pre_train {args.pre_train}; choose another --save")
+
+
+def build_trainer(args: argparse.Namespace, model: Network, experiment: Experiment, deadline: float) -> Trainer:
+    """Build everything that a training needs from its options."""
+    criterion = build_loss(
+        args.loss,
+        n_colors=args.n_colors,
+        rgb_range=model.rgb_range.item(),
+        vgg_weights=args.vgg_weights,
+        hr_size=args.patch_size * args.scale,
+        adversarial=option.settings(AdversarialSettings, args, k=args.gan_k, eps=args.epsilon),
     )
-    for images in test_sets:
-        with distributed.main_first():
-            folder = experiment.start_results(images.name, args.scale, args.reset and not distributed.is_helper())
-        metrics = evaluate(model, images, run, args.rgb_range, functools.partial(save, args, images.name, folder))
-        if distributed.is_helper():
-            continue
-        write_json(folder / "metrics.json", metrics)
-        write_options(folder / "options.json", vars(args), option.defaults())
-        for line in table(metrics):
-            logger.info(line)
-        if images.name == "demo":
-            logger.info("no HR images to compare with: PSNR and SSIM are left out")
-        logger.info(f"written to {folder}")
+    optimizer = build_optimizer(model.parameters(), option.settings(OptimizerSettings, args, name=args.optimizer))
+    step_settings = option.settings(StepSettings, args, precision=PRECISIONS[args.precision])
+    test_sets = build_test_sets(args.data_test, option.settings(DataSettings, args))
+    return Trainer(
+        TrainingStep(model, criterion.to(model.device), optimizer, step_settings),
+        loader=build_loader(args, model.device),
+        test_sets=test_sets,
+        experiment=experiment,
+        schedules=option.settings(Schedules, args),
+        settings=option.settings(TrainSettings, args, keep_all=args.save_models, deadline=deadline),
+    )
+
+
+def build_loader(args: argparse.Namespace, device: torch.device) -> PatchLoader:
+    """Build the loader of training patches; the main process builds the cache for all."""
+    with distributed.main_process_first():
+        patches = option.settings(
+            PatchSettings,
+            args,
+            augment=not args.no_augment,
+            ext="sep" if args.ext == "sep_reset" and not distributed.is_main_process() else args.ext,
+            steps=args.test_every,
+            pin_memory=device.type == "cuda",
+        )
+        return build_train_loader(
+            args.data_train,
+            option.settings(DataSettings, args),
+            patches,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+
+
+def fit_and_log(args: argparse.Namespace, stored: dict[str, Any], trainer: Trainer) -> bool:
+    """Train in the main process, which writes the log, options.json and TensorBoard; returns whether it finished."""
+    experiment, model = trainer.experiment, trainer.model
+    with experiment.lock(), experiment.log_file(), logging_redirect_tqdm():
+        if args.tensorboard:
+            trainer.tensorboard = TensorBoard(experiment.folder, args.images_every)
+        origin = {key: stored[key] for key in ("pre_train", "template") if key in stored}
+        write_options(experiment.folder / "options.json", {**vars(args), **origin}, option.defaults())
+        n_parameters, n_images = sum(p.numel() for p in model.parameters()), len(trainer.loader.dataset)
+        logger.info(f"{args.model} x{args.scale}, {n_parameters:,} parameters, {n_images} images, {model.device}")
+        for change in option.changes(args, stored):
+            logger.info(f"changed: {change}")
+        finished = trainer.fit(args.epochs)
+        logger.info(f"written to {experiment.folder}" if finished else resume_hint(experiment))
+        return finished
+
+
+# ---- testing ---------------------------------------------------------------------------------------------------------
+
+
+def test(args: argparse.Namespace, device: torch.device) -> int:
+    """Test on sets, or upscale the user's images or video; returns the exit code."""
+    experiment = Experiment(args.save)
+    path = find_weights(args, experiment)
+    model = build_network(args, read_weights(path), path)
+    model = model.to(device, PRECISIONS[args.precision], memory_format=torch.channels_last)
+    predict = build_predictor(
+        model, mode=args.inference, chop=args.chop, chop_size=args.chop_size, ensemble=args.self_ensemble
+    )
+    if args.data_test == ["video"]:
+        return test_video(args, experiment, model, predict)
+    for images in build_test_sets(args.data_test, option.settings(DataSettings, args)):
+        test_set(args, experiment, model, images, predict)
     return 0
 
 
-def test_video(args, experiment, model, run, weights):
+def find_weights(args: argparse.Namespace, experiment: Experiment) -> str | Path:
+    """The weights file to test. Raises InputError if none is given or the run does not have it."""
+    if not args.load:
+        if not args.pre_train:
+            raise InputError("--test_only: needs weights; give --pre_train FILE, or --load NAME to test a run")
+        return args.pre_train
+    path = experiment.weights_path({0: "best", -1: "latest"}.get(args.resume, args.resume))
+    if not path.is_file():
+        raise InputError(
+            f"--resume {args.resume}: {path} does not exist; --save_models keeps the weights of all epochs"
+        )
+    return path
+
+
+def test_set(
+    args: argparse.Namespace, experiment: Experiment, model: Network, images: WholeImages, predict: Predict
+) -> None:
+    """Test on one set and write its results."""
+    with distributed.main_process_first():
+        reset = args.reset and distributed.is_main_process()
+        folder = experiment.create_results(images.name, args.scale, reset)
+
+    def save(name, lr, sr, masks):
+        stem = f"{name}_x{args.scale}"
+        if args.save_results or not images.has_hr:
+            write_png(folder / f"{stem}_SR.png", sr)
+        if args.save_masks:
+            save_masks(folder, stem, lr, sr, masks)
+
+    metrics = evaluate(model, images, predict, save)
+    if not distributed.is_main_process():
+        return
+    write_json(folder / "metrics.json", metrics)
+    write_options(folder / "options.json", vars(args), option.defaults())
+    for line in table(metrics):
+        logger.info(line)
+    if not images.has_hr:
+        logger.info("no HR images to compare with: PSNR and SSIM are omitted")
+    logger.info(f"written to {folder}")
+
+
+def save_masks(folder: Path, stem: str, lr: np.ndarray, sr: np.ndarray, masks: np.ndarray) -> None:
+    """Write <stem>_mask<k>.png, <stem>_density.png and the sheet <stem>_masks.png."""
+    for k, mask in enumerate(masks):
+        write_png(folder / f"{stem}_mask{k + 1}.png", visualize.overlay_mask(lr, mask))
+    write_png(folder / f"{stem}_density.png", visualize.density_map(masks))
+    write_whole(folder / f"{stem}_masks.png", visualize.mask_sheet(stem, lr, sr, masks))
+
+
+def test_video(args: argparse.Namespace, experiment: Experiment, model: Network, predict: Predict) -> int:
+    """Upscale the video --dir_demo; returns the exit code."""
     clip = Path(args.dir_demo)
-    folder = experiment.start_results("video", args.scale, args.reset)
-    parameter = next(model.parameters())
+    folder = experiment.create_results("video", args.scale, args.reset)
     target = folder / f"{clip.stem}_x{args.scale}_SR.mp4"
     if target.exists():
-        raise InputError(f"{target}: is there already; --reset makes it anew, another --save leaves it alone")
-    settings = (args.precision, args.self_ensemble, args.rgb_range, args.n_colors, args.res_scale)
-    key = Path(weights).read_bytes() + repr(settings).encode()
-    count = upscale_video(run, clip, target, args.n_colors, args.rgb_range, parameter.device, parameter.dtype, key)
+        raise InputError(f"{target}: already exists; pass --reset to overwrite it or choose another --save")
+    weights = b"".join(value.float().cpu().numpy().tobytes() for value in model.state_dict().values())
+    count = upscale_video(
+        functools.partial(model.upscale, predict=predict),
+        clip,
+        target,
+        n_colors=args.n_colors,
+        key=weights + repr((args.precision, args.self_ensemble)).encode(),
+    )
     write_options(folder / "options.json", vars(args), option.defaults())
     logger.info(f"{count} frames, without sound, written to {target}")
     return 0
 
 
-def save(args, set_name, folder, name, lr, sr, masks):
-    """Write what is asked for of an image: <name>_SR.png; <name>_mask<k>.png, _density.png and the sheet _masks.png."""
-    name = f"{name}_x{args.scale}"
-    if args.save_results or set_name == "demo":
-        write_png(folder / f"{name}_SR.png", sr)
-    if args.save_masks:
-        for k, mask in enumerate(masks):
-            write_png(folder / f"{name}_mask{k + 1}.png", pictures.overlay(lr, mask))
-        write_png(folder / f"{name}_density.png", pictures.density_map(masks))
-        write_whole(folder / f"{name}_masks.png", pictures.mask_sheet(name, lr, sr, masks))
-
-
-def make_model(args, weights, origin, transfer=False):
-    return build_model(
-        args.model, weights, origin, transfer, scale=args.scale, n_colors=args.n_colors, rgb_range=args.rgb_range,
-        n_feats=args.n_feats, n_blocks=args.n_blocks, n_layers=args.n_layers,
-        n_resblocks=args.n_resblocks, res_scale=args.res_scale,
-    )  # fmt: skip
+def build_network(
+    args: argparse.Namespace, weights: StateDict | None, origin: str | Path, transfer: bool = False
+) -> Network:
+    """Build the network of the options, with weights if there are any."""
+    sizes = {name: getattr(args, name) for name in option.MODEL_FLAGS if name != "model"}
+    return build_model(args.model, weights, origin, transfer, **sizes)
 
 
 if __name__ == "__main__":

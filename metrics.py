@@ -1,4 +1,4 @@
-"""PSNR and SSIM of 8-bit images, as the field measures them."""
+"""PSNR and SSIM of 8-bit images, as super-resolution papers measure them."""
 
 import math
 
@@ -6,25 +6,19 @@ import numpy as np
 from skimage.metrics import structural_similarity
 
 
-def quantize(image, rgb_range):
-    """Image (C, H, W) in 0...rgb_range -> uint8 array (H, W, C), clamped and rounded."""
-    image = (image.float() * (255 / rgb_range)).clamp(0, 255).round()
-    return image.byte().permute(1, 2, 0).cpu().numpy()
-
-
-def luma(image):
-    """Y of BT.601 YCbCr, 16...235, as float64 (H, W), of a uint8 image (H, W, 3), or (H, W, 1): grey."""
+def luma(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3), RGB, or (H, W, 1), grey -> Y of BT.601 YCbCr in 16...235, float64 (H, W)."""
     weights = np.array([65.738, 129.057, 25.064]) / 256
     return 16 + (image @ weights if image.shape[2] == 3 else image[..., 0] * weights.sum())
 
 
-def shave(image, border):
+def shave(image: np.ndarray, border: int) -> np.ndarray:
     """Cut `border` pixels from each side of an image (H, W) or (H, W, C)."""
     height, width = image.shape[:2]
     return image[border : height - border, border : width - border]
 
 
-def psnr(image, reference):
+def psnr(image: np.ndarray, reference: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB, peak 255; inf if the images are identical, nan if they are empty."""
     difference = image.astype(np.float64) - reference
     if not difference.size:
@@ -33,8 +27,8 @@ def psnr(image, reference):
     return math.inf if mse == 0 else float(10 * np.log10(255**2 / mse))
 
 
-def ssim(image, reference):
-    """Structural similarity of two images (H, W) in 0...255 (Wang et al. 2004); nan below 11 pixels a side."""
+def ssim(image: np.ndarray, reference: np.ndarray) -> float:
+    """Structural similarity of two images (H, W) in 0...255 (Wang et al. 2004); nan if a side is below 11 pixels."""
     if min(image.shape) < 11:
         return math.nan
     return float(

@@ -1,51 +1,63 @@
-"""What every part leans on: errors, logging, devices, files, and the folder of an experiment."""
+"""Errors, devices and files: what every other module builds on."""
 
 import contextlib
-import csv
 import io
 import json
 import logging
 import math
 import os
-import platform
-import re
-import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-import pictures
-
 try:
-    import fcntl
     import resource
 except ImportError:  # on Windows
-    fcntl = resource = None
+    resource = None
 
 logger = logging.getLogger("smsr")
 INTERRUPTED = 130  # exit code after Ctrl-C
+PRECISIONS = {"single": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 class InputError(Exception):
-    """A user's mistake, told in one line: the file or flag, what was found, what to do."""
+    """A user's mistake, described in one line: what is wrong and what to do.
 
-    def __str__(self):
-        # A data loader's worker hands its error on with the whole traceback in front of the message.
+    argument: name of the argument at fault, which the command line shows as its flag; None if the message names a file
+    """
+
+    def __init__(self, message: str, argument: str | None = None):
+        super().__init__(message)
+        self.argument = argument
+
+    def __str__(self) -> str:
+        # A worker process of a data loader puts its whole traceback in front of the message.
         return super().__str__().strip().rpartition("InputError: ")[2]
 
+    def for_command_line(self) -> str:
+        """The message, with the flag of the argument at fault in front of it."""
+        return f"--{self.argument}: {self}" if self.argument else str(self)
 
-def run_program(main):
-    """Run `main()` and exit with what it returns; a user's mistake is one line and exit code 2."""
+
+def run_program(main: Callable[[], int | None]) -> None:
+    """Run `main()` and exit with what it returns; report a user's mistake in one line, with exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # replaced by an object that is not a text file
+            stream.reconfigure(errors="backslashreplace")  # names and signs that the terminal's encoding lacks
     try:
         sys.exit(main())
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.for_command_line()}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
@@ -56,7 +68,7 @@ def run_program(main):
         if not is_out_of_memory(error):
             raise
         print(
-            "error: out of memory; smaller --batch_size, --patch_size or --n_feats, or --chop, need less",
+            "error: out of memory; use a smaller --batch_size, --patch_size or --n_feats, or add --chop",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -65,14 +77,14 @@ def run_program(main):
         sys.exit(INTERRUPTED)
 
 
-def is_out_of_memory(error):
-    """Whether this is what a MemoryError says; on a CPU PyTorch raises a plain RuntimeError."""
-    said = ("out of memory", "not enough memory", "allocate memory", "memory object", "bad_alloc")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a MemoryError or RuntimeError means that memory ran out; on a CPU PyTorch raises a plain RuntimeError."""
+    phrases = ("out of memory", "not enough memory", "allocate memory", "memory object", "bad_alloc")
+    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
-def in_parallel(function, items, n_threads, title):
-    """[function(item) for item in items], in threads, with a progress bar of images. The first error ends it."""
+def in_parallel(function: Callable, items: Sequence, n_threads: int, title: str) -> list:
+    """Return [function(item) for item in items], computed in threads with a progress bar. The first error ends it."""
     with ThreadPoolExecutor(max(1, n_threads)) as pool, tqdm(total=len(items), desc=title, leave=False) as bar:
         futures = [pool.submit(function, item) for item in items]
         try:
@@ -88,53 +100,56 @@ def in_parallel(function, items, n_threads, title):
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 
-def pick_device(name):
-    """'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', 'mps' -> torch.device. Raises InputError."""
+def pick_device(name: str) -> torch.device:
+    """Find a device by name: 'auto' (a GPU if one is available), 'cpu', 'cuda', 'cuda:1' or 'mps'.
+
+    Raises InputError if this machine has no such device.
+    """
     if name == "auto":
-        for kind, present in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
-            if present:
+        for kind, available in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+            if available:
                 return torch.device(kind)
         logger.info("no GPU found: running on the CPU")
         return torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except Exception:  # each kind of device fails in a way of its own
-        raise InputError(f"--device {name}: there is no such device here; use --device cpu or auto") from None
+    except Exception:  # each kind of device fails in its own way
+        raise InputError(f"no such device {name!r} on this machine; use cpu or auto", argument="device") from None
     return device
 
 
-def synchronize(device):
-    """Wait until the device has done all it was given, so that a clock tells the truth."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all its work, so that timings are valid."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-def seconds_of(run, device):
-    """How long run() takes on the device."""
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Return how many seconds call() takes on the device."""
     synchronize(device)
     started = time.perf_counter()
-    run()
+    call()
     synchronize(device)
     return time.perf_counter() - started
 
 
 _measuring = threading.RLock()
-_measured = {}
+_measurements: dict[Hashable, Any] = {}
 
 
-def measured_once(key, measure):
-    """The result of measure(), which is called for the first of its `key` alone; other threads wait for it."""
+def measure_once(key: Hashable, measure: Callable[[], Any]) -> Any:
+    """Return the result of measure(), which is called only once per `key`; other threads wait for it."""
     with _measuring:
-        if key not in _measured:
-            _measured[key] = measure()
-        return _measured[key]
+        if key not in _measurements:
+            _measurements[key] = measure()
+        return _measurements[key]
 
 
-def peak_memory(device):
-    """The most memory this process had at a time, in bytes: that of the GPU, else its own; 0 where nobody tells."""
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory of this process in bytes, on the GPU or in RAM; 0 if the platform does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -143,8 +158,8 @@ def peak_memory(device):
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def free_memory(device):
-    """Bytes that a process can still have on a device; inf where nobody tells."""
+def free_memory(device: torch.device) -> float:
+    """Return how many bytes this process can still allocate on a device; inf if the platform does not report it."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -153,11 +168,14 @@ def free_memory(device):
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return math.inf
-    return min(free, free_in_cgroup())
+    return min(free, free_memory_in_cgroup())
 
 
-def free_in_cgroup(root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
-    """What the limits of a container or a batch job leave (cgroup v2); what files fill of it can be had, too."""
+def free_memory_in_cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Return how many bytes the limits of a container or batch job leave (cgroup v2); inf without limits.
+
+    Memory that only caches files counts as free.
+    """
     free = math.inf
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = own.read_text().splitlines()
@@ -173,203 +191,49 @@ def free_in_cgroup(root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_whole(path, content):
-    """Write bytes beside `path`, then rename: whoever looks finds the old file or the new one, whole."""
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write bytes to a temporary file next to `path`, then rename it: readers see the old file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError as error:
-        error.filename = str(path)  # which a full disk does not name
+        error.filename = str(path)  # the error of a full disk does not name the file
         raise
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def remove_unfinished(folder, seconds=0.0):
-    """Remove what killed processes left of `write_whole` in a folder, as long as it is older than so many seconds."""
+def remove_unfinished(folder: str | Path, seconds: float = 0.0) -> None:
+    """Remove temporary files that killed processes left in a folder if they are older than this many seconds."""
     for left in Path(folder).glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # its writer was not dead
+        with contextlib.suppress(FileNotFoundError):  # its writer was still alive
             if time.time() - left.stat().st_mtime >= seconds:
                 left.unlink()
 
 
-def write_json(path, value):
-    write_whole(path, (json.dumps(_strict(value), indent=1) + "\n").encode())
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as JSON; nan becomes null and infinities become strings, because JSON has neither."""
+    write_whole(path, (json.dumps(_to_strict_json(value), indent=1) + "\n").encode())
 
 
-def _strict(value):
-    """JSON has no inf and no nan: they become "inf" and null."""
+def _to_strict_json(value):
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: _to_strict_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [_to_strict_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
 
 
-def save_torch(path, value):
+def save_torch(path: str | Path, value: Any) -> None:
+    """Write a value that torch.load can read, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     write_whole(path, buffer.getvalue())
-
-
-_locks = set()  # descriptors of folders that this process has locked
-
-
-def _let_go_of_locks():
-    for descriptor in _locks:
-        os.close(descriptor)
-
-
-if fcntl:  # else a process that is forked holds them, too, and outlives the one that was killed
-    os.register_at_fork(after_in_child=_let_go_of_locks)
-
-
-class Experiment:
-    """The folder of a run, experiment/<name>:
-
-    options.json              what it was started with
-    log.txt, log.csv          what was said; one line of numbers an epoch
-    loss.png, psnr.png, active_share.png, masks.png
-    tensorboard/              the same and images, with --tensorboard
-    checkpoint.pt             all that is needed to continue
-    model/                    weights alone: model_latest.pt, model_best.pt, model_<epoch>.pt
-    results-<set>-x<scale>/   of a test
-    """
-
-    def __init__(self, name, root="experiment"):
-        if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
-            raise InputError(f"{name!r} names no run: give --save or --load letters, digits and . _ + -")
-        self.name = name
-        self.folder = Path(root) / name
-        self.checkpoint = self.folder / "checkpoint.pt"
-
-    def check_start(self, reset, keep=""):
-        """InputError where `start` would overwrite a run, or delete the file `keep` with it."""
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
-            return
-        if not reset:
-            go_on = f"--load {self.name} goes on with it, " if self.checkpoint.exists() else ""
-            raise InputError(
-                f"--save {self.name}: {self.folder} holds a run already; {go_on}--reset deletes it, "
-                f"another --save leaves it alone"
-            )
-        if keep and self.folder.resolve() in Path(keep).resolve().parents:
-            raise InputError(f"--reset would delete {keep}, which --pre_train asks for; choose another --save")
-
-    @contextlib.contextmanager
-    def alone(self):
-        """Within, no other process may train in this folder, if it exists. Raises InputError if one does already."""
-        with contextlib.ExitStack() as stack:
-            if fcntl and self.folder.is_dir():
-                folder = os.open(self.folder, os.O_RDONLY)
-                _locks.add(folder)
-                stack.callback(os.close, folder)
-                stack.callback(_locks.remove, folder)
-                try:
-                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
-                except BlockingIOError:
-                    raise InputError(
-                        f"{self.folder}: another process is training there; wait for it, or stop it"
-                    ) from None
-                except OSError:  # a file system without locks
-                    pass
-                else:
-                    for written in (self.folder, self.folder / "model"):
-                        remove_unfinished(written)
-            yield
-
-    def start(self, reset=False):
-        """Make the folder, empty. Raises InputError if there is something in it, unless `reset`."""
-        self.check_start(reset)
-        if self.folder.is_dir():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
-
-    def start_results(self, set_name, scale, reset=False):
-        """The folder of a test; empty on `reset`."""
-        folder = self.folder / f"results-{set_name}-x{scale}"
-        if reset and folder.is_dir():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    @contextlib.contextmanager
-    def logging(self):
-        """Within, what is logged goes to log.txt as well."""
-        handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        logger.addHandler(handler)
-        try:
-            yield
-        finally:
-            logger.removeHandler(handler)
-            handler.close()
-
-    def weights_path(self, which):
-        """`which`: 'best', 'latest' or an epoch."""
-        return self.folder / "model" / f"model_{which}.pt"
-
-    def save_weights(self, which, state_dict):
-        save_torch(self.weights_path(which), state_dict)
-
-    def save_checkpoint(self, state):
-        save_torch(self.checkpoint, state)
-
-    def load_checkpoint(self):
-        path = self.checkpoint
-        if not path.is_file():
-            raise InputError(f"--load {self.name}: there is no {path}, so no run to continue; start one with --save")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # a broken file may raise nearly anything
-            state = None
-        if not isinstance(state, dict) or not {"model", "optimizer", "epoch"} <= state.keys():
-            raise InputError(
-                f"--load {self.name}: {path} is no checkpoint of a run, or broken; start another run from its weights: "
-                f"--save OTHER --pre_train {self.weights_path('latest')}"
-            )
-        return state
-
-    def load_options(self):
-        if not self.folder.is_dir():
-            raise InputError(f"--load {self.name}: there is no run in {self.folder}; start one with --save")
-        path = self.folder / "options.json"
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8"))["options"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"--load {self.name}: {path} is not there or broken, so its options are unknown") from None
-
-    def write_history(self, history):
-        """log.csv and the curves, from one dict of numbers an epoch."""
-        columns = list(dict.fromkeys(key for row in history for key in row))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in history)
-        write_whole(self.folder / "log.csv", text.getvalue().encode())
-        for file, label, prefix in (
-            ("loss.png", "loss", "loss"),
-            ("psnr.png", "PSNR (dB)", "psnr"),
-            ("active_share.png", "active share", "active"),
-        ):
-            write_whole(
-                self.folder / file, pictures.curves(history, [key for key in columns if key.startswith(prefix)], label)
-            )
-        bins = [key for key in columns if key.startswith("mask_")]
-        if bins:
-            write_whole(self.folder / "masks.png", pictures.mask_curves(history, bins))
-
-
-def write_options(path, options, defaults):
-    """What a run was started with, what of it differs from the defaults, and the versions it ran on."""
-    changed = {key: value for key, value in options.items() if value != defaults[key]}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    write_json(path, {"changed": changed, "options": options, "versions": versions})

@@ -1,4 +1,4 @@
-"""Find the sets by name and build what is trained and tested on."""
+"""Find sets by name and build the loaders of training patches and test images."""
 
 import dataclasses
 import itertools
@@ -6,98 +6,139 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data import benchmark, demo, div2k
-from data.srdata import EpochSampler, Patches, PatchLoader, WholeImages
+from data import demo, div2k, imageset
+from data.imageset import ImageSet
+from data.srdata import EpochSampler, Patches, PatchLoader, PatchSettings, WholeImages
 from utility import InputError
 
-TRAIN, TEST = 0, 1
-DIV2K_RANGES = ((1, 800), (801, 810))  # EDSR's images of training and of validation, by the number they bear
-SELECTIVE = hasattr(signal, "sigtimedwait")  # a process can ask who sent a signal; not on macOS and Windows
+TRAIN, TEST = 0, 1  # indices into DataSettings.data_range and DIV2K_RANGES
+DIV2K_RANGES = ((1, 800), (801, 810))  # training and validation images as in EDSR, by the number in the file name
+HAS_SIGTIMEDWAIT = hasattr(signal, "sigtimedwait")  # lets a process ask who sent a signal; not on macOS and Windows
 
 
-def find_set(name, dir_data, scale, dir_demo=""):
-    """The set `name` wherever it lies below `dir_data`, found by looking. Raises InputError."""
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the sets are and what is read from them."""
+
+    dir_data: str  # folder that holds the sets
+    scale: int = 2  # high-resolution pixels per low-resolution pixel, on each side
+    n_colors: int = 3  # 1 (grey) or 3 (RGB)
+    data_range: Sequence[Sequence[int]] | None = None  # (first, last) for training, for testing; see take_range
+    dir_demo: str = ""  # folder or file of the set "demo"
+
+
+def find_set(name: str, dir_data: str | Path, scale: int, dir_demo: str | Path = "") -> ImageSet:
+    """Find the set `name` below `dir_data`, whichever of the known layouts it has; "demo" stands for `dir_demo`.
+
+    Raises InputError if there is no such set, or if its files are incomplete.
+    """
     dir_data = Path(dir_data)
     if name == "demo":
         return demo.find(dir_demo)
     if name == "DIV2K" and (dir_data / "DIV2K").is_dir():
         return div2k.find(dir_data / "DIV2K", scale)
-    for root, is_benchmark in ((dir_data / "benchmark" / name, True), (dir_data / name, False)):
+    for root, benchmark in ((dir_data / "benchmark" / name, True), (dir_data / name, False)):
         if name and (root / "HR").is_dir():
-            return benchmark.find(root, name, scale, is_benchmark)
+            return imageset.find(root, name, scale, benchmark)
     if not dir_data.is_dir():
-        raise InputError(f"--dir_data {dir_data}: no such folder")
-    there = sorted(
-        {path.parent.name for path in itertools.chain(dir_data.glob("*/HR"), dir_data.glob("benchmark/*/HR"))}
-    )
-    there = ", ".join(there) or "none"
-    raise InputError(f"no set {name!r} in --dir_data {dir_data}; the sets there: {there}")
+        raise InputError(f"no such folder {str(dir_data)!r}; give the folder that holds the sets", argument="dir_data")
+    folders = itertools.chain(dir_data.glob("*/HR"), dir_data.glob("benchmark/*/HR"))
+    available = ", ".join(sorted({folder.parent.name for folder in folders})) or "none"
+    raise InputError(f"no set {name!r} in {dir_data}; available sets: {available}", argument="dir_data")
 
 
-def take_range(images, span):
-    """The images from the first to the last number of `span` (both counted, from 1)."""
+def take_range(images: ImageSet, span: Sequence[int]) -> ImageSet:
+    """The images `first` to `last` of a set, span = (first, last), counted from 1 and including both ends.
+
+    Raises InputError if the set holds fewer images.
+    """
     first, last = span
     if last > len(images.pairs):
-        raise InputError(f"--data_range {first}-{last}: {images.name} holds {len(images.pairs)} images")
+        raise InputError(
+            f"range {first}-{last} is out of bounds: {images.name} holds {len(images.pairs)} images; "
+            "choose a range within them",
+            argument="data_range",
+        )
     return dataclasses.replace(images, pairs=dict(itertools.islice(images.pairs.items(), first - 1, last)))
 
 
 def build_train_loader(
-    names, dir_data, scale, data_range=None, patch_size=96, augment=True, n_colors=3, ext="sep", seed=1,
-    batch_size=16, steps=1000, n_threads=4, pin_memory=False, rank=0, world_size=1,
-):  # fmt: skip
-    """A PatchLoader, one epoch `steps` batches; see Patches and EpochSampler."""
-    sets = [find_set(name, dir_data, scale) for name in names]
-    sets = [_part_of(images, data_range, TRAIN) for images in sets]
-    patches = Patches(sets, scale, patch_size, augment, n_colors, ext, seed, n_threads)
-    sampler = EpochSampler(len(patches), steps, batch_size, seed, rank, world_size)
+    names: Iterable[str], settings: DataSettings, patches: PatchSettings, rank: int = 0, world_size: int = 1
+) -> PatchLoader:
+    """Build a loader of random patches of the sets `names`, with `patches.steps` batches per epoch.
+
+    The process of the given rank gets its share of each batch; see `EpochSampler`.
+
+    Raises InputError as `find_set`, `take_range`, `Patches` and `EpochSampler` do.
+    """
+    sets = [find_set(name, settings.dir_data, settings.scale, settings.dir_demo) for name in names]
+    sets = [_select(images, settings.data_range, TRAIN) for images in sets]
+    dataset = Patches(sets, settings.scale, settings.n_colors, patches)
+    sampler = EpochSampler(
+        n_images=len(dataset),
+        steps=patches.steps,
+        batch_size=patches.batch_size,
+        seed=patches.seed,
+        rank=rank,
+        world_size=world_size,
+    )
     return PatchLoader(
-        patches,
+        dataset,
         sampler,
-        n_threads,
-        pin_memory,
-        worker_init_fn=_leave_interrupts_alone,
-        generator=torch.Generator(),  # its own, so that iterating leaves the global random state alone
+        n_threads=patches.n_threads,
+        pin=patches.pin_memory,
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # a separate one, so that iterating does not change the global random state
     )
 
 
-def build_test_sets(names, dir_data, scale, data_range=None, n_colors=3, dir_demo=""):
-    """A WholeImages for each name."""
-    sets = [find_set(name, dir_data, scale, dir_demo) for name in names]
-    return [WholeImages(_part_of(images, data_range, TEST), scale, n_colors) for images in sets]
+def build_test_sets(names: Iterable[str], settings: DataSettings) -> list[WholeImages]:
+    """Build the test images of each of the sets `names`.
+
+    Raises InputError as `find_set`, `take_range` and `WholeImages` do.
+    """
+    sets = [find_set(name, settings.dir_data, settings.scale, settings.dir_demo) for name in names]
+    sets = [_select(images, settings.data_range, TEST) for images in sets]
+    return [WholeImages(images, settings.scale, settings.n_colors) for images in sets]
 
 
-def _part_of(images, data_range, part):
-    if images.benchmark or images.name == "demo":
+def _select(images, data_range, part):
+    """The images of a set for training or testing (`part`): the given range, EDSR's images of DIV2K, or all.
+
+    Benchmark sets and sets without HR images are always complete.
+    """
+    if images.benchmark or not images.has_hr:
         return images
     if data_range is not None:
         return take_range(images, data_range[part])
     if images.name == "DIV2K":
         first, last = DIV2K_RANGES[part]
-        chosen = {name: pair for name, pair in images.pairs.items() if name.isdigit() and first <= int(name) <= last}
-        return dataclasses.replace(images, pairs=chosen)
+        pairs = {name: pair for name, pair in images.pairs.items() if name.isdigit() and first <= int(name) <= last}
+        return dataclasses.replace(images, pairs=pairs)
     return images
 
 
-def _leave_interrupts_alone(_):
-    """Ctrl-C, and a SIGTERM to all processes of a job, are for the main process: it saves, then ends its workers."""
+def _ignore_interrupts(_):
+    """Leave Ctrl-C, and a SIGTERM to all processes of a job, to the main process: it saves, then ends its workers."""
     if os.name == "posix":
         os.setpgid(0, 0)
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if SELECTIVE:
+    if HAS_SIGTIMEDWAIT:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with(parent):
-    """End this process when its parent says so, or is gone: a worker whose pipe is full would wait for ever."""
+def _exit_with_parent(parent):
+    """Exit when the parent sends SIGTERM or is gone: a worker with a full pipe would otherwise wait forever."""
     while os.getppid() == parent:
-        if not SELECTIVE:
+        if not HAS_SIGTIMEDWAIT:
             time.sleep(1)
         elif (received := signal.sigtimedwait({signal.SIGTERM}, 1)) and received.si_pid == parent:
             break

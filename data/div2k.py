@@ -1,21 +1,26 @@
-"""Where the files of DIV2K lie: as published, or as any other set (HR, LR_bicubic/X<s>)."""
+"""DIV2K, either in its published layout or in the layout of any other set (HR, LR_bicubic/X<s>)."""
 
-from data import benchmark
-from data.benchmark import ImageSet
+from pathlib import Path
+
+from data import imageset
+from data.imageset import ImageSet
 from utility import InputError
 
 
-def find(root, scale):
-    """Images 0001 to 0900 or as many as are there, training and validation together. Raises InputError."""
+def find(root: Path, scale: int) -> ImageSet:
+    """All DIV2K images in `root`, training and validation images together (0001 to 0900 if complete).
+
+    Raises InputError if there are none, or as `imageset.pair_up` does.
+    """
     if (root / "HR").is_dir():
-        return benchmark.find(root, "DIV2K", scale, benchmark=False)
+        return imageset.find(root, "DIV2K", scale, benchmark=False)
     pairs = {}
     for part in ("train", "valid"):
         hr_folder = root / f"DIV2K_{part}_HR"
         if hr_folder.is_dir():
             lr_folder = root / f"DIV2K_{part}_LR_bicubic" / f"X{scale}"
-            maker = f"unpacking DIV2K_{part}_LR_bicubic_X{scale}.zip in {root}"
-            pairs.update(benchmark.pair_up(hr_folder, lr_folder, scale, maker))
+            remedy = f"unpack DIV2K_{part}_LR_bicubic_X{scale}.zip in {root}"
+            pairs.update(imageset.pair_up(hr_folder, lr_folder, scale, remedy))
     if not pairs:
-        raise InputError(f"{root}: holds neither DIV2K_train_HR nor HR; unpack DIV2K there or set --dir_data")
+        raise InputError(f"{root}: holds neither DIV2K_train_HR nor HR; unpack DIV2K there")
     return ImageSet("DIV2K", root, dict(sorted(pairs.items())))

@@ -1,7 +1,8 @@
-"""Read image files of any kind as 8-bit grey or RGB."""
+"""Read image files of any format as 8-bit grey or RGB, and write PNG files."""
 
 import contextlib
 import functools
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -12,75 +13,82 @@ from utility import InputError, write_whole
 ORIENTATION, TURNED = 0x0112, {5, 6, 7, 8}  # the EXIF tag, and its values that swap height and width
 
 
-def read_image(path, n_colors=3):
-    """An image file -> uint8 (H, W, n_colors), n_colors 1 (grey) or 3 (RGB).
+def read_image(path: Path, n_colors: int = 3) -> np.ndarray:
+    """Read an image file -> uint8 (H, W, n_colors), n_colors 1 (grey) or 3 (RGB). The array may be read-only.
 
-    Palettes and CMYK are converted, alpha is dropped, 16 bits are reduced to 8, EXIF rotation is applied, and of
-    several frames the first is read. Raises InputError where the file is missing, broken or of 32 bits a channel.
+    Palettes and CMYK are converted, alpha is dropped, 16 bits are reduced to 8 and EXIF rotation is applied. Of a
+    file with several frames the first one is read.
+
+    Raises InputError if the file is missing, broken or has 32 bits per channel.
     """
     with _open(path) as image:
         if image.mode in ("I", "F"):
-            raise InputError(f"{path}: has 32 bits a pixel; save it with 8 or 16")
+            raise InputError(f"{path}: has 32 bits per channel; convert it to 8 or 16")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # Pillow would clip, not scale
+        if image.mode.startswith("I;16"):  # Pillow would clip the values instead of scaling them
             image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
         array = np.asarray(image.convert("L" if n_colors == 1 else "RGB"))
     return array.reshape(*array.shape[:2], n_colors)
 
 
-def image_size(path):
-    """(height, width) as `read_image` gives them, from the head of the file alone."""
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of what `read_image` returns, from the header of the file alone. Raises InputError."""
     with _open(path) as image:
         width, height = image.size
-        # Pillow turns the size of a TIFF by itself, and looks for EXIF behind the pixels of a PNG, decoding them all.
-        looked_for = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
-        turned = looked_for and image.getexif().get(ORIENTATION) in TURNED
+        # Pillow applies the rotation to the size of a TIFF itself. To find the EXIF data of a PNG it may read beyond
+        # the pixels and decode them all, so PNGs are only searched if the header has EXIF data.
+        may_be_turned = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        turned = may_be_turned and image.getexif().get(ORIENTATION) in TURNED
     return (width, height) if turned else (height, width)
 
 
-def image_kind(path):
-    """Such as "PNG RGB" or "PNG I;16", as Pillow names formats and modes: I;16 is grey of 16 bits, P a palette."""
+def image_kind(path: Path) -> str:
+    """Format and mode as Pillow names them, e.g. "PNG RGB" or "PNG I;16" (16-bit grey). Raises InputError."""
     with _open(path) as image:
         return f"{image.format} {image.mode}"
 
 
-def write_png(path, image):
-    """uint8 (H, W, 1 or 3) -> a PNG file, whole or not at all."""
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write uint8 (H, W, 1 or 3) as a PNG file, completely or not at all."""
     write_whole(path, iio.imwrite("<bytes>", image[..., 0] if image.shape[2] == 1 else image, extension=".png"))
 
 
-def list_images(folder):
-    """The image files of a folder in the order of their names; {name without ending: path}.
+def list_images(folder: Path) -> dict[str, Path]:
+    """The image files of a folder, sorted by file name: {name without extension: path}. Hidden files are ignored.
 
-    Raises InputError if the folder is missing or two files share a name.
+    Raises InputError if the folder is missing or two files have the same name without extension.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: is a file, not a folder" if folder.exists() else f"{folder}: no such folder")
+        if folder.exists():
+            raise InputError(f"{folder}: is a file, not a folder; give the folder that holds the images")
+        raise InputError(f"{folder}: no such folder; check the path")
     images = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in _endings() and not path.name.startswith("."):
+        if path.suffix.lower() in _extensions() and not path.name.startswith("."):
             if path.stem in images:
-                raise InputError(f"{path}: has the name of {images[path.stem].name}; rename one of the two")
+                raise InputError(f"{path}: has the same name as {images[path.stem].name}; rename one of them")
             images[path.stem] = path
     return images
 
 
 @functools.cache
-def _endings():
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+def _extensions():
+    return {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 @contextlib.contextmanager
 def _open(path):
+    """Open an image file; whatever fails while it is open becomes an InputError."""
     try:
         with Image.open(path) as image:
             yield image
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(f"{path}: no such file; check the path") from None
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: is larger than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels; cut it") from None
-    except Exception as error:  # decoders raise nearly anything on a broken file
+        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        raise InputError(f"{path}: has more than {limit:.0f} megapixels; split it into smaller images") from None
+    except Exception as error:  # decoders raise nearly any type of exception on a broken file
         reason = " ".join(str(error).split())
-        raise InputError(f"{path}: is no image, or broken or cut off ({reason}); remove or replace it") from None
+        raise InputError(f"{path}: not an image, or broken ({reason}); remove or replace it") from None

@@ -1,33 +1,40 @@
-"""Bicubic resizing as MATLAB's imresize does it: the LR images of the field."""
+"""Bicubic resizing like MATLAB's imresize, which the published LR images were made with."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 
-def downscale(image, scale):
-    """uint8 (H, W, C), H and W multiples of the whole number `scale` -> uint8 (H / scale, W / scale, C).
+def downscale(image: np.ndarray, scale: int) -> np.ndarray:
+    """uint8 (H, W, C), H and W multiples of the integer `scale` -> uint8 (H / scale, W / scale, C).
 
-    Down the columns first, rounded to 8 bits, then along the rows, as imresize on a uint8 image; the border is
-    mirrored. Halves are rounded up as MATLAB does, which at x2, where the weights are dyadic, is a pixel in a hundred.
+    Like imresize on a uint8 image, this resizes along the columns, rounds to 8 bits and then resizes along the rows,
+    with mirrored borders. Halves are rounded up as in MATLAB; at x2, where the weights are dyadic, about 1 % of the
+    pixels depend on it.
 
-    Raises ValueError if a side is no multiple of the scale.
+    Raises ValueError if H or W is not a multiple of the scale.
     """
     height, width = image.shape[:2]
     if height % scale or width % scale:
-        raise ValueError(f"{height}x{width} pixels cannot be divided by {scale}")
+        raise ValueError(f"{height}x{width} pixels cannot be divided by {scale}; crop the image to a multiple")
     return _resize(_resize(image, height // scale, axis=0), width // scale, axis=1)
 
 
-def upscale(image, scale):
-    """uint8 (H, W, C) -> uint8 (scale H, scale W, C): the method "bicubic" of papers."""
+def upscale(image: np.ndarray, scale: int) -> np.ndarray:
+    """uint8 (H, W, C) -> uint8 (scale H, scale W, C): the baseline that papers call "bicubic"."""
     height, width = image.shape[:2]
     return _resize(_resize(image, height * scale, axis=0), width * scale, axis=1)
 
 
+def crop_to_multiple(image: np.ndarray, scale: int) -> np.ndarray:
+    """(H, W, C) -> a view without the last rows and columns, so that both sides are multiples of `scale`."""
+    height, width = image.shape[:2]
+    return image[: height - height % scale, : width - width % scale]
+
+
 def _resize(image, length, axis):
-    """One axis to `length`, a multiple or a part of what it is."""
-    margin = 3 * max(1, image.shape[axis] // length)  # input pixels; the kernel reaches over two, or two output pixels
+    """Resize one axis to `length`, a multiple or a divisor of its present length."""
+    margin = 3 * max(1, image.shape[axis] // length)  # input pixels; the kernel reaches over 2 input or 2 output pixels
     padding = [(0, 0)] * 3
     padding[axis] = (margin, margin)
     padded = torch.from_numpy(np.pad(image, padding, mode="symmetric").transpose(2, 0, 1)[None].astype(np.float32))
@@ -38,9 +45,3 @@ def _resize(image, length, axis):
     margin = (size[axis] - length) // 2
     kept = slice(margin, -margin)
     return resized[kept] if axis == 0 else resized[:, kept]
-
-
-def crop_to_multiple(image, scale):
-    """Cut rows at the bottom and columns at the right until both sides are multiples of `scale`."""
-    height, width = image.shape[:2]
-    return image[: height - height % scale, : width - width % scale]

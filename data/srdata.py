@@ -1,4 +1,8 @@
-"""Pairs of HR and LR images: random patches to train on, whole images to test on."""
+"""Pairs of HR and LR images: random patches for training, whole images for testing."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -7,53 +11,59 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data import cache
 from data.image import image_size, read_image
+from data.imageset import ImageSet
 from utility import InputError
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """How training patches are cut and loaded."""
+
+    patch_size: int = 96  # P, in low-resolution pixels
+    augment: bool = True  # flip and rotate by 90 degrees at random
+    ext: str = "sep"  # kind of cache, one of cache.CACHE_KINDS
+    seed: int = 1  # of all random choices, at least 0
+    batch_size: int = 16  # patches per step, of all processes together
+    steps: int = 1000  # batches per epoch
+    n_threads: int = 4  # worker processes that load patches, and threads that build the cache; 0: no workers
+    pin_memory: bool = False  # whether batches are in pinned memory, from which a GPU copies asynchronously
 
 
 class Patches(Dataset):
     """Random patches of image pairs.
 
-    An item is asked for by (image, epoch, draw) and gives LR (n_colors, P, P) and HR (n_colors, sP, sP), uint8. What
-    is cut and how it is turned depends on the seed, the epoch and the draw alone: not on the worker, nor on how many
-    there are.
+    The item of a key (image, epoch, draw) is a pair of uint8 arrays, LR (P, P, n_colors) and HR (sP, sP, n_colors).
+    They may be views of cached images, so they must not be modified. The position and orientation of a patch depend
+    only on the seed, the epoch and the draw, not on the number of workers.
 
     Args:
-        sets: ImageSets
-        scale: s
-        patch_size: P, low-resolution pixels
-        augment: flip and turn by 90 degrees at random
-        ext: kind of cache, see cache.py
-        seed: >= 0
-        n_threads: that build the cache
+        sets: the images to train on
+        scale: s, high-resolution pixels per low-resolution pixel
+        n_colors: 1 (grey) or 3 (RGB)
+        patches: all its fields except batch_size, steps and pin_memory are used
 
     Raises:
-        InputError: a set holds no image, one is smaller than a patch, or a file is broken
+        InputError: a set holds no images or no HR images, an image is smaller than a patch, or a file is broken
     """
 
-    def __init__(self, sets, scale, patch_size=96, augment=True, n_colors=3, ext="sep", seed=1, n_threads=1):
-        self.scale, self.patch_size, self.augment, self.n_colors, self.seed = scale, patch_size, augment, n_colors, seed
+    def __init__(self, sets: Sequence[ImageSet], scale: int, n_colors: int, patches: PatchSettings):
+        self.scale, self.n_colors = scale, n_colors
+        self.patch_size, self.augment, self.seed = patches.patch_size, patches.augment, patches.seed
         for images in sets:
-            if not images.pairs:
-                raise InputError(
-                    f"--data_train {images.name}: {images.root} holds no images to train on; see --data_range"
-                )
-            for _, lr in images.pairs.values():
-                height, width = image_size(lr)
-                if min(height, width) < patch_size:
-                    raise InputError(
-                        f"{lr}: {height}x{width} pixels are smaller than --patch_size {patch_size}; "
-                        f"take smaller patches or the image out"
-                    )
+            _check_trainable(images, patches.patch_size)
         self.hr, self.lr = [], []
         for images in sets:
             hr, lr = zip(*images.pairs.values(), strict=True)
-            self.hr += cache.prepare(hr, images.root, ext, n_colors, n_threads)
-            self.lr += cache.prepare(lr, images.root, ext, n_colors, n_threads)
+            prepare = functools.partial(
+                cache.prepare, root=images.root, kind=patches.ext, n_colors=n_colors, n_threads=patches.n_threads
+            )
+            self.hr += prepare(hr)
+            self.lr += prepare(lr)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.lr)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
         image, epoch, draw = key
         rng = np.random.default_rng((self.seed, epoch, draw))
         lr = cache.open_image(self.lr[image], self.n_colors)
@@ -66,32 +76,40 @@ class Patches(Dataset):
         if self.augment:
             flip_rows, flip_columns, transpose = rng.integers(2, size=3)
             lr, hr = (_turn(patch, flip_rows, flip_columns, transpose) for patch in (lr, hr))
-        return _to_tensor(lr), _to_tensor(hr)
+        return lr, hr
 
 
 class EpochSampler(Sampler):
-    """The keys of one epoch of `Patches`: all images in random order, again and again, `steps` batches in all.
+    """The keys of one epoch of `Patches`: random orders of all images, repeated until `steps` batches are full.
 
-    Set `epoch` before each epoch, and `first_step` to begin in the middle of one. Of each batch of `batch_size` the
-    process of rank r among `world_size` gets the r-th part: together they see what one process would see.
+    Set `epoch` before each epoch. Set `first_step` to start in the middle of an epoch. The process of rank r draws the
+    r-th of `world_size` equal parts of each batch, so all processes together see what a single process would see.
 
-    Raises InputError if a batch cannot be shared out evenly.
+    Args:
+        n_images: length of the Patches
+        steps: batches per epoch
+        batch_size: patches per batch, of all processes together
+
+    Raises:
+        InputError: batch_size is not a multiple of world_size
     """
 
-    def __init__(self, n_images, steps, batch_size, seed=1, rank=0, world_size=1):
+    def __init__(self, n_images: int, steps: int, batch_size: int, seed: int = 1, rank: int = 0, world_size: int = 1):
         if batch_size % world_size:
             raise InputError(
-                f"--batch_size {batch_size}: {world_size} processes cannot share it evenly; take a multiple of them"
+                f"{batch_size} patches cannot be divided evenly among {world_size} processes; "
+                f"use a multiple of {world_size}",
+                argument="batch_size",
             )
         self.n_images, self.steps, self.batch_size, self.seed = n_images, steps, batch_size, seed
-        self.share = batch_size // world_size  # of a batch, for this process
+        self.share = batch_size // world_size  # patches of a batch for this process
         self.rank = rank
         self.epoch, self.first_step = 1, 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         return (self.steps - self.first_step) * self.share
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
         draws = self.steps * self.batch_size
         order = np.concatenate([rng.permutation(self.n_images) for _ in range(-(-draws // self.n_images))])
@@ -101,63 +119,93 @@ class EpochSampler(Sampler):
                 yield int(order[draw]), self.epoch, draw
 
 
-class WholeImages(Dataset):
-    """The images of an ImageSet: (name, LR (n_colors, H, W) uint8, HR uint8 array (sH, sW, n_colors) or None)."""
-
-    def __init__(self, images, scale, n_colors=3):
-        if not images.pairs:
-            flag = "--dir_demo" if images.name == "demo" else "--data_range"
-            raise InputError(f"--data_test {images.name}: {images.root} holds no images to test on; see {flag}")
-        self.name, self.benchmark = images.name, images.benchmark
-        self.names, self.paths = list(images.pairs), list(images.pairs.values())
-        self.scale, self.n_colors = scale, n_colors
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, index):
-        hr_path, lr_path = self.paths[index]
-        lr = read_image(lr_path, self.n_colors)
-        hr = None
-        if hr_path is not None:
-            height, width = lr.shape[0] * self.scale, lr.shape[1] * self.scale
-            hr = read_image(hr_path, self.n_colors)[:height, :width]  # as long as it is not a multiple of the scale
-        return self.names[index], _to_tensor(lr), hr
-
-
 class PatchLoader(DataLoader):
-    """A DataLoader of `Patches`: LR (N, n_colors, P, P), HR (N, n_colors, sP, sP), uint8, in channels-last memory.
+    """A DataLoader of `Patches` that yields batches LR (N, P, P, n_colors), HR (N, sP, sP, n_colors), uint8 tensors.
 
-    Batches come from the workers as arrays, by copy: to page in the shared memory that tensors would travel in takes
-    longer than all the rest.
+    Workers send batches as arrays, which are copied through a pipe. Tensors would travel in newly allocated shared
+    memory, and its page faults take longer than the copy and everything else.
 
     Args:
-        patches, sampler: Patches and their EpochSampler
-        n_threads: worker processes, which persist; 0: none
-        pin: put batches into pinned memory, from where a GPU copies them by itself
+        n_threads: worker processes, which persist between epochs; 0: the calling process loads the patches
+        pin: put the batches into pinned memory
         options: of DataLoader
     """
 
-    def __init__(self, patches, sampler, n_threads, pin=False, **options):
+    def __init__(self, patches: Patches, sampler: EpochSampler, n_threads: int, pin: bool = False, **options):
         super().__init__(
-            patches, sampler.share, sampler=sampler, num_workers=n_threads, persistent_workers=n_threads > 0,
-            collate_fn=_stack, **options,
-        )  # fmt: skip
+            patches,
+            batch_size=sampler.share,
+            sampler=sampler,
+            num_workers=n_threads,
+            persistent_workers=n_threads > 0,
+            collate_fn=_stack,
+            **options,
+        )
         self.pin = pin
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
         for arrays in super().__iter__():
-            tensors = (torch.from_numpy(array) for array in arrays)
-            yield [(batch.pin_memory() if self.pin else batch).permute(0, 3, 1, 2) for batch in tensors]
+            tensors = [torch.from_numpy(array) for array in arrays]
+            yield [tensor.pin_memory() for tensor in tensors] if self.pin else tensors
+
+
+class WholeImages(Dataset):
+    """The images of a set: (name, LR (H, W, n_colors), HR (sH, sW, n_colors) or None), uint8 arrays.
+
+    Raises InputError if the set is empty.
+    """
+
+    def __init__(self, images: ImageSet, scale: int, n_colors: int = 3):
+        if not images.pairs:
+            raise InputError(
+                f"{images.name} ({images.root}) holds no images to test on; add images or choose another range of them",
+                argument="data_test",
+            )
+        self.name, self.benchmark, self.has_hr = images.name, images.benchmark, images.has_hr
+        self.names, self.paths = list(images.pairs), list(images.pairs.values())
+        self.scale, self.n_colors = scale, n_colors
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[str, np.ndarray, np.ndarray | None]:
+        hr_path, lr_path = self.paths[index]
+        lr = np.array(read_image(lr_path, self.n_colors))  # a writable copy, which torch.from_numpy asks for
+        if hr_path is None:
+            return self.names[index], lr, None
+        height, width = lr.shape[0] * self.scale, lr.shape[1] * self.scale
+        hr = read_image(hr_path, self.n_colors)[:height, :width]  # HR sizes need not be multiples of the scale
+        return self.names[index], lr, hr
+
+
+def _check_trainable(images, patch_size):
+    """Raise InputError unless the set holds HR and LR images that are at least as large as a patch."""
+    if not images.pairs:
+        raise InputError(
+            f"{images.name} ({images.root}) holds no images to train on; add images or choose another range of them",
+            argument="data_train",
+        )
+    if not images.has_hr:
+        raise InputError(
+            f"{images.name} ({images.root}) holds no HR images to train on; choose another set", argument="data_train"
+        )
+    for _, lr in images.pairs.values():
+        height, width = image_size(lr)
+        if min(height, width) < patch_size:
+            raise InputError(
+                f"patches of {patch_size}x{patch_size} pixels do not fit into {lr} ({height}x{width}); "
+                "use smaller patches or remove the image",
+                argument="patch_size",
+            )
 
 
 def _stack(pairs):
-    """[(LR, HR)], each (n_colors, H, W) in channels-last memory -> arrays (N, H, W, n_colors)."""
-    return [np.stack([image.permute(1, 2, 0).numpy() for image in images]) for images in zip(*pairs, strict=True)]
+    """N pairs of arrays (LR, HR), each (H, W, n_colors) -> [LR, HR], each (N, H, W, n_colors)."""
+    return [np.stack(images) for images in zip(*pairs, strict=True)]
 
 
 def _turn(patch, flip_rows, flip_columns, transpose):
-    """Flip and transpose an image (H, W, C) through OpenCV: numpy would take longer for it than for all the rest."""
+    """Flip and transpose an image (H, W, C) with OpenCV: doing it with numpy takes longer than everything else here."""
     height, width, n_colors = patch.shape
     if flip_rows or flip_columns:
         patch = cv2.flip(patch, -1 if flip_rows and flip_columns else int(flip_columns))
@@ -165,8 +213,3 @@ def _turn(patch, flip_rows, flip_columns, transpose):
         patch = cv2.transpose(patch)
         height, width = width, height
     return patch.reshape(height, width, n_colors)  # OpenCV drops the axis of a single color
-
-
-def _to_tensor(image):
-    """(H, W, C) -> a copy, as the cache is read-only, (C, H, W), in channels-last memory."""
-    return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)

@@ -1,4 +1,7 @@
-"""Adversarial losses of EDSR: a discriminator is trained beside the network."""
+"""The adversarial losses of EDSR: a discriminator is trained together with the network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -7,36 +10,47 @@ from torch.nn.utils import get_total_norm
 
 import distributed
 
-KINDS = ("GAN", "WGAN", "WGAN_GP", "LSGAN", "RGAN")
-CLIP = 1.0  # bound of WGAN's critic weights
-PENALTY = 10.0  # weight of WGAN_GP's gradient penalty
+ADVERSARIAL_KINDS = ("GAN", "WGAN", "WGAN_GP", "LSGAN", "RGAN")
+CLIP = 1.0  # WGAN clips the weights of its critic to -CLIP...CLIP
+PENALTY = 10.0  # weight of the gradient penalty of WGAN_GP
+
+
+@dataclass(frozen=True)
+class AdversarialSettings:
+    """How a discriminator is trained: its steps per call, and its Adam optimizer."""
+
+    k: int = 1  # steps of the discriminator per call
+    lr: float = 1e-4  # learning rate
+    betas: tuple[float, float] = (0.9, 0.999)  # WGAN_GP uses those of its paper instead, 0 and 0.9
+    eps: float = 1e-8
+    weight_decay: float = 0.0
 
 
 class Discriminator(nn.Sequential):
-    """Images (N, n_colors, H, W) in 0...rgb_range, H and W >= 32 -> one score each (N, 1) (SRGAN fig. 4).
+    """Images (N, n_colors, H, W) in 0...rgb_range, H and W at least 32 -> one score per image (N, 1).
 
-    Without batch normalisation where the loss looks at each sample's own gradient (WGAN_GP).
+    The architecture is that of SRGAN (fig. 4). Set `normalize` to False for losses that use the gradient of each
+    sample (WGAN_GP): batch normalization mixes the samples of a batch.
     """
 
-    def __init__(self, n_colors=3, n_feats=64, normalize=True):
+    def __init__(self, n_colors: int = 3, n_feats: int = 64, normalize: bool = True):
         layers, channels = [], n_colors
-        for depth in range(8):  # every other convolution halves the resolution, the one before widens
+        for depth in range(8):  # every second convolution halves the resolution, and the one after it doubles the width
             width = n_feats * 2 ** (depth // 2)
             layers.append(nn.Conv2d(channels, width, 3, stride=1 + depth % 2, padding=1, bias=not normalize))
             if normalize:
                 layers.append(nn.BatchNorm2d(width, track_running_stats=False))
             layers.append(nn.LeakyReLU(0.2))
             channels = width
-        super().__init__(
-            *layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(channels * 16, 1024), nn.LeakyReLU(0.2),
-            nn.Linear(1024, 1),
-        )  # fmt: skip
+        layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+        layers += [nn.Linear(channels * 16, 1024), nn.LeakyReLU(0.2), nn.Linear(1024, 1)]
+        super().__init__(*layers)
 
 
 class Adversarial(nn.Module):
-    """A call trains the discriminator for `k` steps on (sr, hr) and returns the loss of the generator.
+    """A call trains the discriminator for k steps on (sr, hr) and returns the loss of the generator.
 
-    A step whose gradient is not finite is not taken.
+    Steps with a gradient that is not finite are skipped.
 
     GAN      Goodfellow et al. 2014, the non-saturating form
     WGAN     Arjovsky et al. 2017
@@ -45,38 +59,58 @@ class Adversarial(nn.Module):
     RGAN     Jolicoeur-Martineau 2018, the relativistic average form
 
     Args:
-        kind: one of KINDS
-        k: steps of the discriminator a call
-        lr, betas, eps, weight_decay: of its Adam; WGAN_GP takes the betas of its paper, 0 and 0.9
+        kind: one of ADVERSARIAL_KINDS
+        n_colors: channels of the images
+        settings: None: the defaults
     """
 
-    def __init__(self, kind, n_colors=3, k=1, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    def __init__(self, kind: str, n_colors: int = 3, settings: AdversarialSettings | None = None):
         super().__init__()
-        self.kind, self.k = kind, k
+        settings = settings or AdversarialSettings()
+        self.kind, self.k = kind, settings.k
         self.discriminator = Discriminator(n_colors, normalize=kind != "WGAN_GP")
-        betas = (0.0, 0.9) if kind == "WGAN_GP" else betas
         self.optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+            self.discriminator.parameters(),
+            lr=settings.lr,
+            betas=(0.0, 0.9) if kind == "WGAN_GP" else settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
 
-    def forward(self, sr, hr):
-        """sr and hr (N, n_colors, H, W), gradients in sr alone -> the loss of the generator ()."""
+    def forward(self, sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
+        """sr, hr (N, n_colors, H, W) in 0...rgb_range -> the loss of the generator (), differentiable in sr alone."""
         self.discriminator.requires_grad_(True)
         for _ in range(self.k):
-            self.optimizer.zero_grad()
-            self._discriminator_loss(sr.detach(), hr).backward()
-            gradients = [parameter.grad for parameter in self.discriminator.parameters()]
-            distributed.average(gradients)
-            # As a GradScaler does it: where this is 1 the fused step changes nothing, and no one waits for the device.
-            self.optimizer.found_inf = (~get_total_norm(gradients).isfinite()).float()
-            self.optimizer.step()
-            if self.kind == "WGAN":
-                with torch.no_grad():
-                    for parameter in self.discriminator.parameters():
-                        parameter.clamp_(-CLIP, CLIP)
-        self.discriminator.requires_grad_(False)  # the generator's gradient passes through it and leaves none in it
+            self._train_step(sr.detach(), hr)
+        self.discriminator.requires_grad_(False)  # the generator's gradient passes through but is not accumulated here
         real = self.discriminator(hr) if self.kind == "RGAN" else None
         return generator_loss(self.kind, self.discriminator(sr), real)
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def get_extra_state(self) -> dict:
+        """The state of the optimizer, which thereby belongs to the state dict of this module."""
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state)
+
+    def _train_step(self, sr, hr):
+        """One step of the discriminator."""
+        self.optimizer.zero_grad()
+        self._discriminator_loss(sr, hr).backward()
+        gradients = [parameter.grad for parameter in self.discriminator.parameters()]
+        distributed.average(gradients)
+        # GradScaler uses found_inf as well: if it is 1, the fused step does nothing. No synchronization is needed.
+        self.optimizer.found_inf = (~get_total_norm(gradients).isfinite()).float()
+        self.optimizer.step()
+        if self.kind == "WGAN":
+            with torch.no_grad():
+                for parameter in self.discriminator.parameters():
+                    parameter.clamp_(-CLIP, CLIP)
 
     def _discriminator_loss(self, sr, hr):
         loss = discriminator_loss(self.kind, self.discriminator(sr), self.discriminator(hr))
@@ -84,19 +118,9 @@ class Adversarial(nn.Module):
             loss = loss + PENALTY * gradient_penalty(self.discriminator, sr, hr)
         return loss
 
-    def set_learning_rate(self, lr):
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
 
-    def get_extra_state(self):
-        return self.optimizer.state_dict()
-
-    def set_extra_state(self, state):
-        self.optimizer.load_state_dict(state)
-
-
-def discriminator_loss(kind, fake, real):
-    """The loss of the discriminator given its scores (N, 1) of SR and HR images; without the penalty of WGAN_GP."""
+def discriminator_loss(kind: str, fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Scores of SR and HR images, both (N, 1) -> the loss of the discriminator (), without the penalty of WGAN_GP."""
     if kind == "GAN":
         return _bce(real, 1) + _bce(fake, 0)
     if kind == "LSGAN":
@@ -106,8 +130,8 @@ def discriminator_loss(kind, fake, real):
     return fake.mean() - real.mean()
 
 
-def generator_loss(kind, fake, real):
-    """The loss of the generator given the discriminator's scores (N, 1) of SR images, and of HR images for RGAN."""
+def generator_loss(kind: str, fake: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """Scores of SR and HR images, both (N, 1) -> the loss of the generator (). Only RGAN needs the HR scores."""
     if kind == "GAN":
         return _bce(fake, 1)
     if kind == "LSGAN":
@@ -117,8 +141,10 @@ def generator_loss(kind, fake, real):
     return -fake.mean()
 
 
-def gradient_penalty(discriminator, fake, real):
-    """Mean of (|gradient| - 1)^2 at a random point between each fake and its real image."""
+def gradient_penalty(
+    discriminator: Callable[[torch.Tensor], torch.Tensor], fake: torch.Tensor, real: torch.Tensor
+) -> torch.Tensor:
+    """Mean of (|gradient| - 1)^2 at a random point between each fake and its real image, both (N, C, H, W)."""
     between = torch.rand(len(real), 1, 1, 1, device=real.device)
     mixed = (between * fake + (1 - between) * real).requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(mixed).sum(), mixed, create_graph=True)

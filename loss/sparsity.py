@@ -1,14 +1,20 @@
-"""The sparsity loss (paper eq. 6)."""
+"""The sparsity loss (eq. 6 of the paper)."""
+
+from collections.abc import Iterable
 
 import torch
 
 
-def active_shares(masks):
-    """The share of the work of the sparse convolutions that is done, module by module; their mean is the loss.
+def active_shares(masks: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """The share of the work of the sparse convolutions that is done, per block. Their mean is the sparsity loss.
 
-    It is the mean of m (1 - c) + c over layers, channels and pixels. As m knows no channel and c no pixel, it
-    factorises: nothing of that size is built.
+    The share is the mean of m (1 - c) + c over layers, channels and pixels. Since m does not depend on the channel
+    and c does not depend on the pixel, the mean factorizes and no tensor of that size is built.
 
-    masks: K pairs of m (N, 1, H, W) and c (1, C, L), in 0...1. Returns a tensor (K,) in 0...1.
+    Args:
+        masks: K pairs of a spatial mask m (N, 1, H, W) and a channel mask c (1, C, L), both in 0...1
+
+    Returns:
+        (K,) in 0...1
     """
     return torch.stack([m.float().mean() * (1 - c.mean()) + c.mean() for m, c in masks])

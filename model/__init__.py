@@ -1,120 +1,142 @@
 """The networks: build one by name, or from the weights in a file."""
 
 import inspect
+import math
+from pathlib import Path
 
 import torch
 
 from model.edsr import EDSR
+from model.network import Network
 from model.smsr import SMSR
 from utility import InputError, logger
 
-MODELS = {"SMSR": SMSR, "EDSR": EDSR}
+MODELS: dict[str, type[Network]] = {"SMSR": SMSR, "EDSR": EDSR}
+StateDict = dict[str, torch.Tensor]
+NOT_THIS_NETWORK = (KeyError, IndexError, ValueError, AttributeError)  # what `hyperparameters` raises on other weights
 
 
-def build_model(name, state_dict=None, origin="the weights", transfer=False, **sizes):
-    """Build the network `name`, with the weights of `state_dict` if there is one.
+def build_model(
+    name: str,
+    state_dict: StateDict | None = None,
+    origin: str | Path = "the weights",
+    transfer: bool = False,
+    **sizes: float | None,
+) -> Network:
+    """Build the network `name`, with the weights of `state_dict` if it is given.
 
     Args:
         name: a key of MODELS
-        state_dict: weights as `read_weights` gives them; sizes that are not asked for are taken from their shapes
-        origin: where they are from, for error messages
-        transfer: of weights of another scale take all but the tail
-        sizes: constructor arguments of the network; None stands for its default
+        state_dict: weights from `read_weights`; they provide the sizes and settings that are not given
+        origin: their source, for error messages
+        transfer: load weights of another scale except for the tail, and log it
+        sizes: constructor arguments of the network; None means the value of the weights, or else the default
 
     Raises:
-        InputError: no such network; the weights are of another network, scale or size
+        InputError: there is no such network or parameter, or the weights belong to another network, scale or size
     """
     if name not in MODELS:
-        raise InputError(f"--model {name}: no such model; there are {', '.join(MODELS)}")
+        raise InputError(f"no such network {name!r}; there are {', '.join(MODELS)}", argument="model")
     network = MODELS[name]
     sizes = {key: value for key, value in sizes.items() if value is not None}
     for key in sizes.keys() - inspect.signature(network).parameters.keys():
-        raise InputError(f"--{key}: {name} has no such size; leave it out")
+        raise InputError(f"{name} has no parameter {key!r}; leave it out", argument=key)
     if state_dict is None:
         return _construct(network, sizes)
     state_dict = network.translate(state_dict)
     try:
-        inferred = network.hyperparameters(state_dict)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise InputError(f"{origin}: not those of {name} ({error} is not among them)") from None
-    scale = sizes.get("scale", inferred["scale"])
-    if transfer and scale != inferred["scale"]:
-        logger.info(f"{origin}: of x{inferred['scale']}; all but the tail is taken for x{scale}")
-        inferred["scale"] = scale
-        own = _construct(network, {**inferred, **sizes}).state_dict()
-        state_dict = {key: value for key, value in state_dict.items() if not _is_tail(key)}
-        state_dict |= {key: value for key, value in own.items() if _is_tail(key)}
-    differing = [key for key in inferred if sizes.get(key, inferred[key]) != inferred[key]]
-    if differing:
-        found = ", ".join(f"--{key} {inferred[key]} and not {sizes[key]}" for key in differing)
-        raise InputError(f"{origin}: of {name} with {found}")
-    model = _construct(network, {**inferred, **sizes})
+        stored = network.hyperparameters(state_dict)
+    except NOT_THIS_NETWORK as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else "shapes do not fit"
+        raise InputError(f"{origin}: not weights of {name} ({reason}); choose another file") from None
+    scale = sizes.get("scale", stored["scale"])
+    if transfer and scale != stored["scale"]:
+        logger.info(f"{origin}: these are x{stored['scale']} weights; loading all but the tail for x{scale}")
+        stored["scale"] = scale
+        state_dict = _replace_tail(state_dict, _construct(network, {**stored, **sizes}).state_dict())
+    _check_sizes(name, sizes, stored, origin)
+    model = _construct(network, {**sizes, **stored})
     load_weights(model, state_dict, origin)
     return model
 
 
-def _is_tail(key):
-    return key.startswith("tail.")
+def _replace_tail(state_dict, own):
+    kept = {key: value for key, value in state_dict.items() if not key.startswith("tail.")}
+    return kept | {key: value for key, value in own.items() if key.startswith("tail.")}
+
+
+def _check_sizes(name, sizes, stored, origin):
+    """Raise InputError if weights do not have the sizes and settings that were given."""
+    differing = [key for key in stored if key in sizes and not math.isclose(sizes[key], stored[key], rel_tol=1e-5)]
+    if differing:
+        found = ", ".join(f"{key} {stored[key]:g}, not {sizes[key]:g}" for key in differing)
+        raise InputError(
+            f"{origin} holds {name} weights for {found}; use other weights or leave it out", argument=differing[0]
+        )
 
 
 def _construct(network, sizes):
     try:
         return network(**sizes)
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(f"{error}; choose another scale", argument="scale") from None
 
 
-def load_model(path, name=None, **sizes):
-    """The network in a weights file, in eval mode on the CPU. Raises InputError.
+def load_model(path: str | Path, name: str | None = None, **sizes: float | None) -> Network:
+    """Load the network in a weights file, in eval mode on the CPU. Raises InputError.
 
-    Which network it is, unless `name` tells, and its sizes are read from the weights. What their shapes do not tell
-    (rgb_range, EDSR's res_scale) is as in training: give it in `sizes` where it is not the default.
+    The weights tell which network it is, unless `name` does, and its sizes and settings. Only weights of version 0.1.0
+    lack the settings: pass rgb_range, and res_scale of EDSR, if they were not the defaults in training.
     """
     state_dict = read_weights(path)
-    return build_model(name or _network_of(state_dict), state_dict, str(path), **sizes).eval()
+    return build_model(name or _network_of(state_dict), state_dict, path, **sizes).eval()
 
 
 def _network_of(state_dict):
-    """The name of the network whose keys these are; SMSR if it is none."""
+    """The name of the network that these weights belong to; SMSR if there is none."""
     for name, network in MODELS.items():
         try:
             network.hyperparameters(network.translate(state_dict))
-        except (KeyError, IndexError, ValueError, AttributeError):
+        except NOT_THIS_NETWORK:
             continue
         return name
     return "SMSR"
 
 
-def load_weights(model, state_dict, origin="the weights"):
+def load_weights(model: Network, state_dict: StateDict, origin: str | Path = "the weights") -> None:
     """Load all weights or none; InputError names every key, shape and value that does not fit."""
     own = model.state_dict()
-    problems = [f"{key} is missing" for key in own if key not in state_dict]
+    known = {key: value for key, value in own.items() if key in state_dict}
+    problems = [f"{key} is missing" for key in own if key not in state_dict and key not in model.settings]
     problems += [f"{key} is unknown" for key in state_dict if key not in own]
     problems += [
-        f"{key} is {tuple(state_dict[key].shape)} and not {tuple(own[key].shape)}"
-        for key in own
-        if key in state_dict and state_dict[key].shape != own[key].shape
+        f"{key} is {tuple(state_dict[key].shape)}, not {tuple(value.shape)}"
+        for key, value in known.items()
+        if state_dict[key].shape != value.shape
     ]
-    problems += [f"{key} holds NaN or infinity" for key, value in state_dict.items() if not value.isfinite().all()]
+    problems += [f"{key} contains NaN or infinity" for key, value in state_dict.items() if not value.isfinite().all()]
+    problems += [
+        f"{name} is not positive" for name in model.settings if name in known and (state_dict[name] <= 0).any()
+    ]
     if problems:
-        raise InputError(f"{origin}: do not fit {type(model).__name__}: {'; '.join(problems)}")
+        raise InputError(f"{origin}: does not fit {type(model).__name__}: {', '.join(problems)}; choose another file")
     model.load_state_dict(state_dict)
 
 
-def read_weights(path):
-    """A state dict (name -> tensor, on the CPU) from a file; never runs code that the file may hold.
+def read_weights(path: str | Path) -> StateDict:
+    """Read a state dict (name -> tensor, on the CPU) from a file; never runs code that the file may contain.
 
-    Takes plain state dicts and the checkpoints of a run. Raises InputError if the file is anything else.
+    Accepts plain state dicts and the checkpoints of a run. Raises InputError if the file is anything else.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"{path}: no such weights file") from None
     except Exception as error:  # a broken file may raise nearly anything: pickle, zip, key and type errors
-        reason = "it holds code, not weights alone" if "Weights only load failed" in str(error) else "broken or cut off"
-        raise InputError(f"{path}: cannot be read as PyTorch weights ({reason})") from None
+        reason = "it contains code" if "Weights only load failed" in str(error) else "broken or cut off"
+        raise InputError(f"{path}: cannot be read as PyTorch weights ({reason}); use another file") from None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise InputError(f"{path}: holds no state dict (name -> tensor)")
+        raise InputError(f"{path}: does not contain a state dict (name -> tensor); use another file")
     return content

@@ -1,7 +1,7 @@
 """EDSR: "Enhanced Deep Residual Networks for Single Image Super-Resolution", CVPRW 2017.
 
-With 16 blocks of 64 channels it is EDSR-baseline, the dense network that a user would pick instead. Modules bear the
-names of the published checkpoints, so those load.
+With 16 blocks of 64 channels it is EDSR-baseline, the dense network to compare with. Modules have the names of the
+published checkpoints, so those load.
 """
 
 import math
@@ -9,95 +9,128 @@ import math
 import torch
 from torch import nn
 
-from model.common import MEAN_SHIFTS, Work, by_strips, check_images, conv3x3, conv_macs, mean_color, strips
+from model.common import check_images, conv3x3
+from model.network import Cost, Network, conv_macs, drop_mean_shifts, stored_settings
+from model.tiling import Tile, map_tiles, split_into_tiles
 from utility import InputError
 
 
 class ResBlock(nn.Module):
     """conv, ReLU, conv, scaled and added to the input (N, C, H, W) (paper fig. 2c)."""
 
-    def __init__(self, n_feats, res_scale):
+    def __init__(self, n_feats: int, res_scale: float):
         super().__init__()
         self.body = nn.Sequential(conv3x3(n_feats, n_feats), nn.ReLU(), conv3x3(n_feats, n_feats))
         self.res_scale = res_scale
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.body(x) * self.res_scale
 
 
-def upsampler(scale, n_feats):
+def build_upsampler(scale: int, n_feats: int) -> nn.Sequential:
     """(N, C, H, W) -> (N, C, scale H, scale W): doubled or tripled until the scale, 2^n or 3^n, is reached."""
     factor = 3 if scale % 3 == 0 else 2
     steps = round(math.log(scale, factor))
     if scale != factor**steps:
-        raise ValueError(f"EDSR upscales by powers of 2 or of 3, not by {scale}")
+        raise ValueError(f"EDSR upscales by powers of 2 or 3, not by {scale}")
     layers = []
     for _ in range(steps):
         layers += [conv3x3(n_feats, n_feats * factor**2), nn.PixelShuffle(factor)]
     return nn.Sequential(*layers)
 
 
-class EDSR(nn.Module):
+class Tail(nn.Sequential):
+    """Features (N, C, H, W) -> images (N, n_colors, scale H, scale W)."""
+
+    def __init__(self, n_feats: int, n_colors: int, scale: int):
+        super().__init__(build_upsampler(scale, n_feats), conv3x3(n_feats, n_colors))
+
+    @property
+    def upsampler(self) -> nn.Sequential:
+        return self[0]
+
+    @property
+    def conv(self) -> nn.Conv2d:
+        return self[1]
+
+
+class EDSR(Network):
     """Images go in and out as (N, n_colors, H, W) in 0...rgb_range, any H and W >= 1.
 
     Args:
-        scale: upscaling factor, a power of 2 or of 3
+        scale: upscaling factor, a power of 2 or 3
         n_feats: feature channels
         n_resblocks: residual blocks
-        res_scale: factor of each residual branch
+        res_scale: factor of each residual branch, saved with the weights
         n_colors: image channels
-        rgb_range: largest pixel value
+        rgb_range: largest pixel value, saved with the weights
     """
 
-    def __init__(self, scale, n_feats=64, n_resblocks=16, res_scale=1.0, n_colors=3, rgb_range=255):
-        super().__init__()
-        self.scale, self.n_feats = scale, n_feats
-        self.peak_maps = 3 * scale**2 + 1  # of features that inference holds in memory at a time; most at full size
-        self.register_buffer("mean", mean_color(n_colors, rgb_range), persistent=False)
+    settings = ("rgb_range", "res_scale")
+
+    def __init__(
+        self,
+        scale: int,
+        n_feats: int = 64,
+        n_resblocks: int = 16,
+        res_scale: float = 1.0,
+        n_colors: int = 3,
+        rgb_range: float = 255,
+    ):
+        super().__init__(scale, n_feats, n_colors, rgb_range)
+        self.peak_maps = 3 * scale**2 + 1  # feature maps that inference holds at its peak; most at full resolution
+        self.register_buffer("res_scale", torch.tensor(float(res_scale)))
         self.head = nn.Sequential(conv3x3(n_colors, n_feats))
         blocks = [ResBlock(n_feats, res_scale) for _ in range(n_resblocks)]
         self.body = nn.Sequential(*blocks, conv3x3(n_feats, n_feats))
-        self.tail = nn.Sequential(upsampler(scale, n_feats), conv3x3(n_feats, n_colors))
+        self.tail = Tail(n_feats, n_colors, scale)
 
-    def forward(self, x):
+    def _apply_settings(self) -> None:
+        super()._apply_settings()
+        res_scale = stored_settings(EDSR, {"res_scale": self.res_scale})["res_scale"]
+        for block in self.body[:-1]:
+            block.res_scale = res_scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """LR images -> SR images (N, n_colors, scale H, scale W), not clamped."""
-        return self._forward(x, strips(len(x), *x.shape[2:]))
+        return self._forward(x, split_into_tiles(len(x), *x.shape[2:]))
 
-    def _forward(self, x, cuts):
-        f = head = by_strips(self.head, x - self.mean, cuts, halo=1)
+    def _forward(self, x: torch.Tensor, tiles: list[Tile]) -> torch.Tensor:
+        f = head = map_tiles(self.head, x - self.mean, tiles, halo=1)
         for block in self.body:
-            f = by_strips(block, f, cuts, halo=2)
-        return by_strips(self.tail, head + f, cuts, halo=2, scale=self.scale) + self.mean
+            f = map_tiles(block, f, tiles, halo=2)
+        return map_tiles(self.tail, head + f, tiles, halo=2, scale=self.scale) + self.mean
 
-    def training_forward(self, x, tau):
+    def training_forward(self, x: torch.Tensor, tau: float | torch.Tensor) -> tuple[torch.Tensor, list]:
         """SR images and no masks: a dense network has no temperature and no sparsity."""
         return self(x), []
 
     @torch.no_grad()
-    def inference(self, x, mode="dense", tile=None):
-        """LR images -> SR images and what they cost (common.Work).
+    def inference(self, x: torch.Tensor, mode: str = "dense", tile: int | None = None) -> tuple[torch.Tensor, Cost]:
+        """LR images -> SR images and their cost, without gradients.
 
-        tile: run layers on strips of about tile x tile pixels, to need less memory; the result is the same.
-        Raises InputError for another mode, and if the images hold NaN or infinity.
+        tile: run layers on strips of about tile x tile pixels to save memory; the result is the same.
+        Raises InputError for the mode "sparse", and if the images contain NaN or infinity.
         """
         if mode not in ("auto", "dense"):
-            raise InputError(f"EDSR has nothing to skip: --inference {mode} is for SMSR")
-        check_images(x, self.mean.shape[1])
+            raise InputError(f"EDSR skips nothing and has no mode {mode!r}; use auto or dense", argument="inference")
+        check_images(x, self.n_colors)
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         macs = pixels * self._macs_per_pixel()
-        return self._forward(x, strips(len(x), *x.shape[2:], tile)), Work(pixels, macs, macs, macs, active=pixels)
+        cost = Cost(pixels=pixels, macs=macs, macs_dense=macs, macs_run=macs, active=pixels)
+        return self._forward(x, split_into_tiles(len(x), *x.shape[2:], tile)), cost
 
-    def _macs_per_pixel(self):
+    def _macs_per_pixel(self) -> int:
         macs, resolution = conv_macs(self.head) + conv_macs(self.body), 1
-        for layer in [*self.tail[0], self.tail[1]]:
+        for layer in [*self.tail.upsampler, self.tail.conv]:
             macs += conv_macs(layer) * resolution
             if isinstance(layer, nn.PixelShuffle):
                 resolution *= layer.upscale_factor**2
         return macs
 
     @staticmethod
-    def hyperparameters(state_dict):
-        """The constructor arguments that the shapes of a state dict tell; KeyError if it is not of this network."""
+    def hyperparameters(state_dict: dict[str, torch.Tensor]) -> dict[str, float]:
+        """The constructor arguments that a translated state dict records; KeyError if it is not of this network."""
         n_feats, n_colors = state_dict["head.0.weight"].shape[:2]
         state_dict["tail.1.weight"]
         steps = [key for key in state_dict if key.startswith("tail.0.") and key.endswith(".weight")]
@@ -106,11 +139,12 @@ class EDSR(nn.Module):
         return {
             "scale": math.prod(factors),
             "n_feats": n_feats,
-            "n_resblocks": max(blocks),  # the last one is the convolution behind the blocks
+            "n_resblocks": max(blocks),  # the last index belongs to the convolution after the blocks
             "n_colors": n_colors,
+            **stored_settings(EDSR, state_dict),
         }
 
     @staticmethod
-    def translate(state_dict):
-        """Drop the mean shifts that published checkpoints keep as convolutions; other keys are ours already."""
-        return {key: value for key, value in state_dict.items() if not key.startswith(MEAN_SHIFTS)}
+    def translate(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Drop the mean shifts of published checkpoints; their other keys are ours already."""
+        return drop_mean_shifts(state_dict)

@@ -1,14 +1,15 @@
 """SMSR as it is trained: "Exploring Sparsity in Image Super-Resolution for Efficient Inference", CVPR 2021.
 
-The differentiable network of the paper: soft masks, no index in sight. How the trained network is run, skipping
-the masked work, is told in sparse.py.
+The differentiable network of the paper, with soft masks and no indices. sparse.py runs a trained network and skips the
+masked work.
 
-Symbols, as in the paper: K modules (SMM) of L convolutions with C feature channels; m the spatial mask of a
-module, the probability that a pixel is important; c_l the channel mask of its layer l, the probability that a
-channel is dense; tau the temperature of the Gumbel-softmax.
+Symbols, as in the paper: K modules (SMM) of L convolutions with C feature channels; m is the spatial mask of a module,
+the probability that a pixel is important; c_l is the channel mask of its layer l, the probability that a channel is
+dense; tau is the temperature of the Gumbel-softmax.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,13 +17,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import sparse
-from model.common import MEAN_SHIFTS, check_images, conv3x3, mean_color, pad_to_multiple
+from model.common import check_images, conv3x3, pad_to_multiple
+from model.network import Cost, Network, drop_mean_shifts, stored_settings
 
 SPARSE, IMPORTANT = 0, 1  # index into the two spatial logits of a pixel
 DENSE = 0  # index into the two channel logits of a channel
 
+Masks = tuple[torch.Tensor, torch.Tensor]  # of a module: m (N, 1, H, W) and c (1, C, L)
 
-def gumbel_softmax(logits, tau, dim):
+
+def gumbel_softmax(logits: torch.Tensor, tau: float | torch.Tensor, dim: int) -> torch.Tensor:
     """A relaxed one-hot sample, softmax((logits + g) / tau), g ~ Gumbel(0, 1) (paper section 3.1, eqs. 1 and 3).
 
     The noise is drawn in float32 whatever the precision of the logits, and is always finite.
@@ -35,70 +39,90 @@ def gumbel_softmax(logits, tau, dim):
     return F.softmax((logits.float() + gumbel) / tau, dim).to(logits.dtype)
 
 
-class ChannelAttention(nn.Sequential):
-    """Squeeze and excitation: scales each channel of x (N, C, H, W) by a number in 0...1, one an image."""
+# The parts below are nn.Sequential with a name for each part, so that state dicts keep the published numbered keys.
 
-    def __init__(self, n_feats, reduction=16):
+
+class ChannelAttention(nn.Sequential):
+    """Squeeze and excitation: scale each channel of x (N, C, H, W) by a factor in 0...1, one per image."""
+
+    def __init__(self, n_feats: int, reduction: int = 16):
         hidden = max(n_feats // reduction, 1)
         super().__init__(nn.Conv2d(n_feats, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, n_feats, 1), nn.Sigmoid())
 
-    def forward(self, x):
-        return x * self.weights(x.mean((2, 3), keepdim=True))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factors(x.mean((2, 3), keepdim=True))
 
-    def weights(self, pooled):
+    def factors(self, pooled: torch.Tensor) -> torch.Tensor:
         """Features averaged over the image (N, C, 1, 1) -> the factors of the channels (N, C, 1, 1)."""
         return super().forward(pooled)
 
 
-def mask_branch(n_feats):
+class MaskBranch(nn.Sequential):
     """Features (N, C, H, W), H and W even -> spatial logits (N, 2, H, W), sparse first, important second."""
-    hidden = max(n_feats // 4, 1)
-    return nn.Sequential(
-        conv3x3(n_feats, hidden),
-        nn.ReLU(inplace=True),
-        nn.AvgPool2d(2),
-        conv3x3(hidden, hidden),
-        nn.ReLU(inplace=True),
-        nn.ConvTranspose2d(hidden, 2, 3, stride=2, padding=1, output_padding=1),
-    )
+
+    def __init__(self, n_feats: int):
+        hidden = max(n_feats // 4, 1)
+        super().__init__(
+            conv3x3(n_feats, hidden),
+            nn.ReLU(inplace=True),
+            nn.AvgPool2d(2),
+            conv3x3(hidden, hidden),
+            nn.ReLU(inplace=True),
+            nn.ConvTranspose2d(hidden, 2, 3, stride=2, padding=1, output_padding=1),
+        )
+
+    @property
+    def full(self) -> nn.Conv2d:
+        """The convolution at full resolution."""
+        return self[0]
+
+    @property
+    def pooled(self) -> nn.Conv2d:
+        """The convolution at half the resolution."""
+        return self[3]
+
+    @property
+    def logits(self) -> nn.ConvTranspose2d:
+        """The transposed convolution, from half to full resolution."""
+        return self[5]
 
 
 class SMM(nn.Module):
-    """Sparse mask module (paper section 3.2, fig. 3): L sparse mask convolutions, their collection, attention."""
+    """Sparse mask module (paper section 3.2, fig. 3): L sparse mask convolutions, their 1x1 collection, attention."""
 
-    def __init__(self, n_feats=64, n_layers=4):
+    def __init__(self, n_feats: int = 64, n_layers: int = 4):
         super().__init__()
-        self.spatial_mask = mask_branch(n_feats)
+        self.spatial_mask = MaskBranch(n_feats)
         self.channel_logits = nn.Parameter(torch.rand(1, n_feats, n_layers, 2))
         self.convs = nn.ModuleList(conv3x3(n_feats, n_feats, bias=False) for _ in range(n_layers))
         self.collect = nn.Conv2d(n_feats * n_layers, n_feats, 1)
         self.attention = ChannelAttention(n_feats)
 
-    def sample_masks(self, x, tau):
+    def sample_masks(self, x: torch.Tensor, tau: float | torch.Tensor) -> Masks:
         """Soft masks for training: m (N, 1, H, W) from the features x (N, C, H, W), c (1, C, L), both in 0...1."""
         m = gumbel_softmax(self.spatial_mask(x), tau, dim=1)[:, IMPORTANT:]
         c = gumbel_softmax(self.channel_logits, tau, dim=3)[..., DENSE]
         return m, c
 
-    def hard_spatial_mask(self, x):
-        """The mask of inference, bool (N, 1, H, W): the more probable of the two at every pixel, without noise."""
+    def hard_spatial_mask(self, x: torch.Tensor) -> torch.Tensor:
+        """The spatial mask of inference, bool (N, 1, H, W): the larger logit of each pixel, without noise."""
         logits = self.spatial_mask(x)
         return logits[:, IMPORTANT:] > logits[:, SPARSE:IMPORTANT]
 
-    def hard_channel_mask(self):
-        """The mask of inference, bool (C, L), true where a channel is dense; it is the same for every image."""
+    def hard_channel_mask(self) -> torch.Tensor:
+        """The channel mask of inference, bool (C, L), true where a channel is dense; the same for every image."""
         return self.channel_logits[0].argmax(2) == DENSE
 
-    def hard_masks(self, x):
-        """Both masks of inference, as numbers 0 and 1 in the shapes of `sample_masks`."""
+    def hard_masks(self, x: torch.Tensor) -> Masks:
+        """Both masks of inference as numbers 0 and 1, in the shapes of `sample_masks`."""
         return self.hard_spatial_mask(x).to(x.dtype), self.hard_channel_mask().to(x.dtype)[None]
 
-    def forward(self, x, m, c):
+    def forward(self, x: torch.Tensor, m: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """Features (N, C, H, W), masks m (N, 1, H, W) and c (1, C, L) -> features (N, C, H, W).
 
-        At important pixels a layer computes everything; elsewhere only dense channels, from dense channels. This is
-        the paper's four-branch form with the branches summed: the probabilities of dense and sparse add up to 1.
-        Both terms convolve the same features, so a layer is one convolution with two sets of weights.
+        At important pixels a layer computes everything; elsewhere it computes only dense channels, from dense channels.
+        This is the paper's four-branch form with the branches summed: the probabilities of dense and sparse add up to
+        1. Both terms convolve the same features, so a layer is one convolution with two sets of weights.
         """
         c = c[0].unbind(1)  # L of (C,)
         f = F.relu(self.convs[0](x) * (m + (1 - m) * c[0].to(m.dtype).view(1, -1, 1, 1)))
@@ -112,43 +136,82 @@ class SMM(nn.Module):
         return x + self.attention(self.collect(torch.cat(outputs, 1)))
 
 
-class SMSR(nn.Module):
+class Collect(nn.Sequential):
+    """The outputs of K modules, (N, K C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, n_feats: int, n_blocks: int):
+        super().__init__(nn.Conv2d(n_feats * n_blocks, n_feats, 1), nn.ReLU(), conv3x3(n_feats, n_feats))
+
+    @property
+    def reduce(self) -> nn.Conv2d:
+        """The 1x1 convolution that a ReLU follows."""
+        return self[0]
+
+    @property
+    def fuse(self) -> nn.Conv2d:
+        """The 3x3 convolution."""
+        return self[2]
+
+
+class Tail(nn.Sequential):
+    """Features (N, C, H, W) -> images (N, n_colors, scale H, scale W)."""
+
+    def __init__(self, n_feats: int, n_colors: int, scale: int):
+        super().__init__(conv3x3(n_feats, n_colors * scale**2), nn.PixelShuffle(scale))
+
+    @property
+    def conv(self) -> nn.Conv2d:
+        return self[0]
+
+    @property
+    def shuffle(self) -> nn.PixelShuffle:
+        return self[1]
+
+
+class SMSR(Network):
     """The network (paper fig. 3). Images go in and out as (N, n_colors, H, W) in 0...rgb_range, any H and W >= 1.
 
     In eval mode a call runs the compiled sparse network, without gradients (see sparse.py). In training mode it runs
-    the differentiable one with masks sampled at tau = 1; `training_forward` takes tau and gives the masks too.
+    the differentiable network with masks sampled at tau = 1; `training_forward` takes tau and returns the masks too.
 
     Args:
-        scale: upscaling factor, a whole number >= 1
+        scale: upscaling factor, an integer >= 1
         n_feats: C, feature channels
         n_blocks: K, sparse mask modules
-        n_layers: L, sparse mask convolutions a module
+        n_layers: L, sparse mask convolutions per module
         n_colors: image channels
-        rgb_range: largest pixel value
+        rgb_range: largest pixel value, saved with the weights
     """
 
-    def __init__(self, scale, n_feats=64, n_blocks=5, n_layers=4, n_colors=3, rgb_range=255):
-        super().__init__()
-        self.scale, self.n_feats = scale, n_feats
-        self.peak_maps = 8  # maps of features that inference holds in memory at a time, at most
-        self.register_buffer("mean", mean_color(n_colors, rgb_range), persistent=False)
+    peak_maps = 8  # feature maps that inference holds in memory at its peak
+
+    def __init__(
+        self,
+        scale: int,
+        n_feats: int = 64,
+        n_blocks: int = 5,
+        n_layers: int = 4,
+        n_colors: int = 3,
+        rgb_range: float = 255,
+    ):
+        super().__init__(scale, n_feats, n_colors, rgb_range)
         self.head = nn.Sequential(conv3x3(n_colors, n_feats), nn.ReLU(inplace=True), conv3x3(n_feats, n_feats))
         self.blocks = nn.ModuleList(SMM(n_feats, n_layers) for _ in range(n_blocks))
-        self.collect = nn.Sequential(nn.Conv2d(n_feats * n_blocks, n_feats, 1), nn.ReLU(), conv3x3(n_feats, n_feats))
-        self.tail = nn.Sequential(conv3x3(n_feats, n_colors * scale**2), nn.PixelShuffle(scale))
+        self.collect = Collect(n_feats, n_blocks)
+        self.tail = Tail(n_feats, n_colors, scale)
         self._plan = self._planned_weights = None
 
     # ---- training --------------------------------------------------------------------------------------------------
 
-    def training_forward(self, x, tau):
-        """Soft masks at temperature tau. Returns the SR images and, for the sparsity loss, the K pairs (m, c)."""
+    def training_forward(self, x: torch.Tensor, tau: float | torch.Tensor) -> tuple[torch.Tensor, list[Masks]]:
+        """Run with soft masks at temperature tau. Returns the SR images and, for the sparsity loss, K pairs (m, c)."""
         return self._forward(x, lambda block, f: block.sample_masks(f, tau))
 
-    def masked_forward(self, x):
-        """The dense computation that sparse inference must equal: hard masks, nothing skipped. Returns SR images."""
+    def masked_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute everything, then apply the hard masks: the reference of sparse inference. Returns SR images."""
         return self._forward(x, SMM.hard_masks)[0]
 
-    def _forward(self, x, masks_of):
+    def _forward(self, x: torch.Tensor, masks_of: Callable[[SMM, torch.Tensor], Masks]):
         height, width = x.shape[-2:]
         x = pad_to_multiple(x - self.mean, 2)  # the mask branch halves the resolution
         head = f = self.head(x)
@@ -161,52 +224,52 @@ class SMSR(nn.Module):
         f = head + self.collect(torch.cat(outputs, 1))
         return self.reconstruct(f, x)[..., : height * self.scale, : width * self.scale], masks
 
-    def reconstruct(self, f, x):
-        """Features (N, C, H, W) and the input less its mean -> SR images (N, n_colors, scale H, scale W)."""
+    def reconstruct(self, f: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Features (N, C, H, W) and the input without its mean -> SR images (N, n_colors, scale H, scale W)."""
         return self.tail(f) + self.upsample(x)
 
-    def upsample(self, x):
-        """The input less its mean -> bicubically upsampled images (N, n_colors, scale H, scale W), with the mean."""
-        x = (x + self.mean).contiguous()  # in channels-last memory PyTorch does this more slowly
+    def upsample(self, x: torch.Tensor) -> torch.Tensor:
+        """The input without its mean -> bicubically upsampled images (N, n_colors, scale H, scale W), with the mean."""
+        x = (x + self.mean).contiguous()  # PyTorch is slower at this in channels-last memory
         return F.interpolate(x, scale_factor=self.scale, mode="bicubic", align_corners=False)
 
     # ---- inference -------------------------------------------------------------------------------------------------
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """LR images -> SR images (N, n_colors, scale H, scale W), not clamped."""
         return self.training_forward(x, tau=1.0)[0] if self.training else self.inference(x)[0]
 
     @torch.no_grad()
-    def inference(self, x, mode="auto", tile=None):
-        """LR images -> SR images and what they cost (common.Work); skips the masked work. Keeps no gradients.
+    def inference(self, x: torch.Tensor, mode: str = "auto", tile: int | None = None) -> tuple[torch.Tensor, Cost]:
+        """LR images -> SR images and their cost, without gradients; the masked work is skipped.
 
-        mode and tile are those of `sparse.Plan`: how each module is run, and how much of an image at a time.
-        Raises InputError if the images or the weights hold NaN or infinity.
+        mode and tile are described in `sparse.Plan`: how each module runs, and how much of an image at a time.
+        Raises InputError if the images or the weights contain NaN or infinity.
         """
-        check_images(x, self.mean.shape[1])
+        check_images(x, self.n_colors)
         height, width = x.shape[-2:]
         x = pad_to_multiple(x - self.mean, 2).contiguous(memory_format=torch.channels_last)
-        sr, work = self._current_plan()(x, mode, tile)
-        masks = tuple(mask[..., :height, :width] for mask in work.masks)
-        return sr[..., : height * self.scale, : width * self.scale], replace(work, masks=masks)
+        sr, cost = self._current_plan()(x, mode, tile)
+        masks = tuple(mask[..., :height, :width] for mask in cost.masks)
+        return sr[..., : height * self.scale, : width * self.scale], replace(cost, masks=masks)
 
-    def _current_plan(self):
-        def same(a, b):  # by value: writes to .data are seen, too
+    def _current_plan(self) -> sparse.Plan:
+        def is_same(a, b):  # by value: changes through .data are noticed too
             return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
         weights, planned = list(self.parameters()), self._planned_weights
-        if planned is None or len(weights) != len(planned) or not all(map(same, weights, planned)):
+        if planned is None or len(weights) != len(planned) or not all(map(is_same, weights, planned)):
             self._plan, self._planned_weights = sparse.Plan(self), [weight.detach().clone() for weight in weights]
         return self._plan
 
-    def __getstate__(self):  # copies and pickles make their own plan
+    def __getstate__(self):  # copies and pickles build their own plan
         return {**super().__getstate__(), "_plan": None, "_planned_weights": None}
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     @staticmethod
-    def hyperparameters(state_dict):
-        """The constructor arguments that the shapes of a state dict tell; KeyError if it is not of this network."""
+    def hyperparameters(state_dict: dict[str, torch.Tensor]) -> dict[str, float]:
+        """The constructor arguments that a translated state dict records; KeyError if it is not of this network."""
         tail = state_dict["tail.0.weight"].shape[0]
         n_feats, n_colors = state_dict["head.0.weight"].shape[:2]
         return {
@@ -215,12 +278,13 @@ class SMSR(nn.Module):
             "n_blocks": state_dict["collect.0.weight"].shape[1] // n_feats,
             "n_layers": state_dict["blocks.0.collect.weight"].shape[1] // n_feats,
             "n_colors": n_colors,
+            **stored_settings(SMSR, state_dict),
         }
 
     @staticmethod
-    def translate(state_dict):
-        """Rename the keys of the published checkpoints to ours; other keys stay as they are."""
-        return {_rename(key): value for key, value in state_dict.items() if not key.startswith(MEAN_SHIFTS)}
+    def translate(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rename the keys of the published checkpoints to ours; other keys stay the same."""
+        return {_rename(key): value for key, value in drop_mean_shifts(state_dict).items()}
 
 
 _PUBLISHED_KEYS = (
@@ -232,7 +296,7 @@ _PUBLISHED_KEYS = (
 )
 
 
-def _rename(key):
+def _rename(key: str) -> str:
     for published, ours in _PUBLISHED_KEYS:
         key = re.sub(published, ours, key)
     return key

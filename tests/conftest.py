@@ -1,8 +1,8 @@
-"""Fixtures: small networks, small sets of images on the disk, and the reference data where it is at hand."""
+"""Fixtures: small networks, small sets of images on disk, and the reference data if it is available."""
 
 import os
 
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # threads of several test processes would wait spinning for each other
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # test processes share the cores, and idle threads of PyTorch busy-wait
     cores = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))  # before torch is loaded
 
@@ -26,12 +26,13 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def seed():
+    """Every test starts with the same random numbers of PyTorch."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def shared():
-    """The folder with Set5, training photographs and the published x2 weights."""
+    """The folder with Set5, training images and the published x2 weights; skips the test if it is missing."""
     if not (SHARED / "reference").is_dir():
         pytest.skip(f"needs the reference data in {SHARED}")
     return SHARED
@@ -45,7 +46,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
-    """A folder with the weights of such an SMSR, w.pt, and its graph, w.onnx: exporting takes many seconds."""
+    """A folder with the weights of such an SMSR, w.pt, and its graph, w.onnx. Shared, because exporting is slow."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     from tools.export_onnx import main
@@ -59,7 +60,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture
 def make_set(tmp_path):
-    """Write a paired set of smooth random images and return the folder to use as --dir_data."""
+    """A function that writes a paired set of blocky random images and returns the folder to use as --dir_data."""
 
     def make(name="Tiny", count=3, size=(40, 48), scale=2, lr_suffix="", benchmark=False):
         rng = np.random.default_rng(0)
@@ -78,6 +79,7 @@ def make_set(tmp_path):
 
 @pytest.fixture
 def browser():
+    """A headless Chromium that logs its console and its network requests; skips the test without one."""
     webdriver = pytest.importorskip("selenium.webdriver")
     if not shutil.which("chromium") or not shutil.which("chromedriver"):
         pytest.skip("needs chromium and chromedriver")

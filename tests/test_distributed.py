@@ -1,4 +1,4 @@
-"""Two processes on a CPU, as torchrun starts them, against one."""
+"""Compare two processes on a CPU, started by torchrun, with a single one."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TRAIN = (
 )
 EDSR = f"{TRAIN} --model EDSR --n_feats 8 --n_resblocks 1 --optimizer SGD --lr 1e-5"
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def folder(tmp_path, monkeypatch, make_set):
     return tmp_path
 
 
-def by_two(line):
+def run_in_two_processes(line):
     return subprocess.run([*TORCHRUN, *line.split()], capture_output=True, text=True, timeout=300)
 
 
@@ -49,12 +49,12 @@ def columns(name):
 
 
 def test_two_processes_train_as_one(folder):
-    """EDSR has no noise, so halves of a batch and their averaged gradients must give what the whole batch gives."""
+    """EDSR has no noise, so averaging the gradients of two halves of a batch must give the gradient of the whole."""
     assert main(f"{EDSR} --epochs 2".split()) == 0
     shutil.move("experiment/run", "experiment/one")
-    done = by_two(f"{EDSR} --epochs 1 --split_batch 2")
+    done = run_in_two_processes(f"{EDSR} --epochs 1 --split_batch 2")
     assert done.returncode == 0, done.stderr
-    assert main(["--load", "run", "--epochs", "2"]) == 0  # as one process it goes on
+    assert main(["--load", "run", "--epochs", "2"]) == 0  # resumes as one process
     one, two = weights("one"), weights("run")
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-6)
@@ -63,11 +63,11 @@ def test_two_processes_train_as_one(folder):
         assert float(ours["psnr_y_Tiny2"]) == pytest.approx(float(theirs["psnr_y_Tiny2"]), abs=0.01)
 
 
-def test_two_processes_measure_as_one(folder, tiny):
+def test_two_processes_test_as_one(folder, tiny):
     torch.save(tiny.state_dict(), "weights.pt")
     line = "--dir_data data --data_test Tiny2 --pre_train weights.pt --test_only --save_results --cpu --save"
     assert main(f"{line} one".split()) == 0
-    done = by_two(f"{line} two")
+    done = run_in_two_processes(f"{line} two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mean") == 1
     folders = [Path(f"experiment/{name}/results-Tiny2-x2") for name in ("one", "two")]
@@ -82,7 +82,7 @@ def test_two_processes_measure_as_one(folder, tiny):
 
 
 def long_training():
-    """torchrun and its two processes, which have finished an epoch."""
+    """Start torchrun with two processes and wait until they have finished an epoch; returns that of torchrun."""
     line = f"{TRAIN} --n_feats 8 --n_blocks 2 --n_layers 2 --epochs 100000"
     process = subprocess.Popen(
         [*TORCHRUN, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -92,18 +92,18 @@ def long_training():
     return process
 
 
-def test_a_process_that_is_lost_ends_the_others_and_the_run_goes_on(folder):
+def test_if_a_process_dies_the_other_ends_and_the_run_can_be_resumed(folder):
     process = long_training()
     helper = next(pid for pid in children(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(helper, signal.SIGKILL)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "error: another process of this training is gone; go on from experiment/run/checkpoint.pt" in printed
+    assert "error: another process of this run has died; resume with: python main.py --load run" in printed
     epoch = torch.load("experiment/run/checkpoint.pt", weights_only=True)["epoch"]
     assert main(f"--load run --epochs {epoch}".split()) == 0
 
 
-def test_sigterm_to_all_processes_saves_though_torchrun_hands_it_on(folder):
+def test_sigterm_to_all_processes_saves_although_torchrun_forwards_it(folder):
     process = long_training()
     for pid in (*children(process.pid), process.pid):
         os.kill(pid, signal.SIGTERM)
@@ -112,8 +112,8 @@ def test_sigterm_to_all_processes_saves_though_torchrun_hands_it_on(folder):
     assert "error:" not in printed
 
 
-def test_a_time_limit_ends_both_without_a_complaint(folder):
-    done = by_two(f"{EDSR} --epochs 100000 --time_limit 0.05")
+def test_a_time_limit_stops_both_without_an_error(folder):
+    done = run_in_two_processes(f"{EDSR} --epochs 100000 --time_limit 0.05")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     epoch = torch.load("experiment/run/checkpoint.pt", weights_only=True)["epoch"]
@@ -124,8 +124,10 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(folder):
-    done = by_two(f"{EDSR.replace('--batch_size 4', '--batch_size 3')} --epochs 1")
+def test_a_batch_that_cannot_be_divided_evenly_is_refused(folder):
+    done = run_in_two_processes(f"{EDSR.replace('--batch_size 4', '--batch_size 3')} --epochs 1")
     assert done.returncode != 0
-    assert "error: --batch_size 3: 2 processes cannot share it evenly" in done.stderr
+    assert (
+        "error: --batch_size: 3 patches cannot be divided evenly among 2 processes; use a multiple of 2" in done.stderr
+    )
     assert not Path("experiment").exists()

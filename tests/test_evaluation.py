@@ -2,13 +2,17 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from data import build_test_sets
-from evaluation import compare, evaluate, table
+from data import DataSettings, build_test_sets
+from evaluation import compare, evaluate, headline, macs_at_1280x720, masks_of, table
 from metrics import psnr
+from model.inference import build_predictor
+from model.network import Cost
+from utility import InputError
 
 
-def test_benchmark_sets_are_measured_on_luma_and_others_on_rgb_too():
+def test_benchmark_sets_are_measured_on_y_and_others_on_rgb_too():
     rng = np.random.default_rng(0)
     sr, hr = rng.integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
     y = [image @ np.array([65.738, 129.057, 25.064]) / 256 + 16 for image in (sr, hr)]
@@ -19,25 +23,28 @@ def test_benchmark_sets_are_measured_on_luma_and_others_on_rgb_too():
 
 
 def test_evaluate_reports_as_documented(make_set, tiny):
-    (images,) = build_test_sets(["Tiny"], make_set(benchmark=True), 2)
+    (images,) = build_test_sets(["Tiny"], DataSettings(make_set(benchmark=True)))
     saved = {}
     metrics = evaluate(tiny, images, save=lambda name, *pictures: saved.update({name: pictures}))
     assert list(metrics) == [
-        "dataset", "scale", "model", "parameters", "psnr_y", "ssim_y", "n_images", "seconds_per_image",
-        "gmacs", "gmacs_dense", "gmacs_run", "gmacs_at_1280x720", "gmacs_dense_at_1280x720", "active_share", "images",
-    ]  # fmt: skip
+        *("dataset", "scale", "model", "parameters", "psnr_y", "ssim_y", "n_images", "seconds_per_image"),
+        *("gmacs", "gmacs_dense", "gmacs_run", "gmacs_at_1280x720", "gmacs_dense_at_1280x720"),
+        *("active_share", "images"),
+    ]
     assert (metrics["dataset"], metrics["scale"], metrics["model"], metrics["n_images"]) == ("Tiny", 2, "SMSR", 3)
+    assert metrics["parameters"] == sum(parameter.numel() for parameter in tiny.parameters())
     row = metrics["images"][1]
-    assert {"name", "lr_shape", "psnr_y", "ssim_y", "seconds", "mask_density"} <= row.keys()
+    assert set(row) == {"name", "lr_shape", "psnr_y", "ssim_y", "seconds", "mask_density", "active_share"}
     assert row["lr_shape"] == [20, 24]
     assert len(row["mask_density"]) == 2
     assert metrics["psnr_y"] == pytest.approx(np.mean([row["psnr_y"] for row in metrics["images"]]))
-    assert metrics["gmacs_dense"] == pytest.approx(tiny.inference(images[0][1][None].float())[1].macs_dense / 1e9)
-    assert metrics["gmacs_at_1280x720"] == pytest.approx(metrics["gmacs"] / (20 * 24) * (1280 * 720 / 4))
     _, lr, hr = images[1]
-    sr = tiny(lr[None].float())[0].clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
+    x = torch.from_numpy(lr).permute(2, 0, 1)[None].float()
+    assert metrics["gmacs_dense"] == pytest.approx(tiny.inference(x)[1].macs_dense / 1e9)
+    assert metrics["gmacs_at_1280x720"] == pytest.approx(metrics["gmacs"] / (20 * 24) * (1280 * 720 / 4))
+    sr = tiny(x)[0].clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
     saved_lr, saved_sr, masks = saved["img1"]
-    assert np.array_equal(saved_lr, lr.permute(1, 2, 0))
+    assert np.array_equal(saved_lr, lr)
     assert np.array_equal(saved_sr, sr)
     assert masks.shape == (2, 20, 24)
     assert masks.mean(axis=(1, 2)) == pytest.approx(row["mask_density"])
@@ -47,10 +54,88 @@ def test_evaluate_reports_as_documented(make_set, tiny):
     assert lines[-1].split()[:2] == ["mean", f"{metrics['psnr_y']:.2f}"]
 
 
-def test_images_without_hr_are_run_and_not_measured(make_set, tiny):
+def test_images_without_hr_are_upscaled_but_not_measured(make_set, tiny):
     folder = make_set() / "Tiny/LR_bicubic/X2"
-    (images,) = build_test_sets(["demo"], "", 2, dir_demo=str(folder))
+    (images,) = build_test_sets(["demo"], DataSettings("", dir_demo=str(folder)))
     metrics = evaluate(tiny, images)
     assert "nan" not in " ".join(table(metrics))
     assert math.isnan(metrics["psnr_y"])
     assert metrics["n_images"] == 3
+
+
+def test_the_headline_is_measured_on_rgb_unless_the_set_is_a_benchmark(make_set, tiny):
+    make_set("Bench", count=1, benchmark=True)
+    images, benchmark = build_test_sets(["Tiny", "Bench"], DataSettings(make_set(count=1)))
+    metrics = evaluate(tiny, images)
+    assert headline(metrics) == ("psnr_rgb", metrics["psnr_rgb"])
+    assert table(metrics)[0].split() == ["Tiny", "psnr_rgb", "ssim_y", "active", "seconds"]
+    metrics = evaluate(tiny, benchmark)
+    assert headline(metrics) == ("psnr_y", metrics["psnr_y"])
+    assert "psnr_rgb" not in metrics
+
+
+def test_evaluate_runs_the_given_predictor_and_warms_up_once(make_set, tiny):
+    (images,) = build_test_sets(["Tiny"], DataSettings(make_set()))
+    calls = []
+
+    def predict(x):
+        calls.append(x.shape)
+        return tiny.inference(x, "dense")
+
+    dense = evaluate(tiny, images, predict)
+    assert calls == [(1, 3, 20, 24)] * 4
+    assert dense["gmacs_run"] == pytest.approx(predict(torch.zeros(1, 3, 20, 24))[1].macs_run / 1e9)
+    calls.clear()
+    evaluate(tiny, images, predict, warm_up=False)
+    assert len(calls) == 3
+    ensemble = evaluate(tiny, images, build_predictor(tiny, mode="dense", ensemble=True))
+    assert ensemble["gmacs_run"] == pytest.approx(8 * dense["gmacs_run"])
+    assert ensemble["gmacs_dense_at_1280x720"] == pytest.approx(dense["gmacs_dense_at_1280x720"])
+
+
+def test_the_value_range_comes_from_the_network(make_set, tiny):
+    (images,) = build_test_sets(["Tiny"], DataSettings(make_set()))
+    expected = evaluate(tiny, images)["psnr_rgb"]
+    predict = tiny.inference  # sees images in 0...1 below and returns them in that range
+
+    def scaled(x):
+        assert x.max() <= 1
+        sr, cost = predict(x * 255)
+        return sr / 255, cost
+
+    tiny.rgb_range.fill_(1)
+    assert evaluate(tiny, images, scaled)["psnr_rgb"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_an_image_that_does_not_fit_in_memory_is_named(make_set, tiny, error):
+    (images,) = build_test_sets(["Tiny"], DataSettings(make_set()))
+
+    def predict(x):
+        raise error
+
+    with pytest.raises(InputError) as raised:
+        evaluate(tiny, images, predict)
+    line = raised.value.for_command_line()
+    assert line.startswith("--chop: img0: not enough memory for an image of 20x24 pixels; process it in tiles (chop)")
+    assert "\n" not in line
+
+
+def test_other_errors_pass_through(make_set, tiny):
+    (images,) = build_test_sets(["Tiny"], DataSettings(make_set()))
+
+    def predict(x):
+        raise RuntimeError("bug")
+
+    with pytest.raises(RuntimeError, match="bug"):
+        evaluate(tiny, images, predict)
+
+
+def test_multiply_adds_are_scaled_to_an_output_of_1280x720():
+    costs = [Cost(pixels=10, macs=5, macs_dense=20, macs_run=6), Cost(pixels=30, macs=15, macs_dense=60, macs_run=16)]
+    assert macs_at_1280x720(costs, "macs", 2) == pytest.approx(0.5 * 640 * 360)
+    assert macs_at_1280x720(costs, "macs_dense", 4) == pytest.approx(2 * 320 * 180)
+
+
+def test_masks_of_a_network_without_masks():
+    assert len(masks_of(Cost(pixels=1, macs=1, macs_dense=1, macs_run=1))) == 0

@@ -1,11 +1,15 @@
 import csv
+import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -13,12 +17,15 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint import Experiment
+from data.resize import downscale
 from evaluation import compare
 from main import main
-from metrics import quantize
-from model import EDSR, SMSR
+from model import EDSR, SMSR, load_model
 from model.inference import self_ensemble
-from utility import Experiment, InputError
+from tools import compare as compare_tool
+from tools import export_onnx
+from utility import InputError, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = [sys.executable, str(ROOT / "main.py")]
@@ -26,7 +33,7 @@ MAIN = [sys.executable, str(ROOT / "main.py")]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, make_set, tiny):
-    """A folder to run in: data/Tiny, data/benchmark/Tiny2 and weights.pt."""
+    """The working directory of a test: data/Tiny, data/benchmark/Tiny2 and weights.pt."""
     monkeypatch.chdir(tmp_path)
     make_set("Tiny", count=4)
     make_set("Tiny2", count=2, benchmark=True)
@@ -45,121 +52,157 @@ def run(line):
     return main(line.split())
 
 
-def test_train_then_go_on_then_test(folder, capsys):
+def mistake(line):
+    """The line that the command line prints for a mistake."""
+    with pytest.raises(InputError) as error:
+        run(line)
+    message = error.value.for_command_line()
+    assert "\n" not in message
+    return message
+
+
+def read_options(name):
+    return json.loads(Path(f"experiment/{name}/options.json").read_text())
+
+
+def read_metrics(name, results="results-Tiny2-x2"):
+    return json.loads(Path(f"experiment/{name}/{results}/metrics.json").read_text())
+
+
+def read_sr(name, image="img0", results="results-Tiny2-x2"):
+    return iio.imread(f"experiment/{name}/{results}/{image}_x2_SR.png")
+
+
+def read_history(name):
+    return list(csv.DictReader(Path(f"experiment/{name}/log.csv").read_text().splitlines()))
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_train_resume_and_test(folder):
     assert run(f"{TRAIN} --epochs 2") == 0
-    experiment = folder / "experiment/run"
-    options = json.loads((experiment / "options.json").read_text())
+    options = read_options("run")
     assert options["changed"]["n_feats"] == 8
     assert "lr" not in options["changed"]
-    assert len((experiment / "log.csv").read_text().splitlines()) == 3
+    assert len(read_history("run")) == 2
 
-    with pytest.raises(InputError, match="--load run goes on"):
-        run(f"{TRAIN} --epochs 2")
-    with pytest.raises(InputError, match="has its 2 epochs"):
-        run("--load run")
+    assert mistake(f"{TRAIN} --epochs 2") == (
+        "--save run: experiment/run already contains a run; choose another --save, resume with --load run, "
+        "or overwrite it with --reset"
+    )
+    assert mistake("--load run") == "--load run: all 2 epochs are done; add more with --epochs"
     assert run("--load run --epochs 3") == 0
-    assert len((experiment / "log.csv").read_text().splitlines()) == 4
+    assert len(read_history("run")) == 3
 
     for resume, which in ((0, "best"), (-1, "latest")):
         assert run(f"--load run --test_only --data_test Tiny2 --resume {resume}") == 0
-        metrics = json.loads((experiment / "results-Tiny2-x2/metrics.json").read_text())
-        path = experiment / f"model/model_{which}.pt"
-        assert run(f"{TEST} --pre_train {path}") == 0
-        same = json.loads(Path("experiment/check/results-Tiny2-x2/metrics.json").read_text())
-        assert metrics["psnr_y"] == same["psnr_y"]
-    with pytest.raises(InputError, match=r"--resume 7: no .*model_7\.pt"):
-        run("--load run --test_only --resume 7")
+        assert run(f"{TEST} --pre_train experiment/run/model/model_{which}.pt") == 0
+        assert read_metrics("run")["psnr_y"] == read_metrics("check")["psnr_y"]
+    path = Path("experiment/run/model/model_7.pt")
+    assert mistake("--load run --test_only --resume 7") == (
+        f"--resume 7: {path} does not exist; --save_models keeps the weights of all epochs"
+    )
 
 
-def test_a_line_that_fails_leaves_the_run_as_it_was(folder):
+def test_the_weights_of_every_epoch_can_be_kept_and_tested(folder):
+    run(f"{TRAIN} --epochs 2 --save_models")
+    run("--load run --test_only --data_test Tiny2 --resume 1")
+    assert read_metrics("run")["psnr_y"] == pytest.approx(float(read_history("run")[0]["psnr_y_Tiny2"]), rel=1e-5)
+
+
+def test_a_command_that_fails_leaves_the_run_unchanged(folder):
     run(f"{TRAIN} --epochs 1")
     before = {path: path.read_bytes() for path in Path("experiment/run").rglob("*") if path.is_file()}
-    for line, said in (
-        ("--load run --epochs 2 --optimizer SGD", "the run has Adam"),
-        ("--load run --epochs 2 --loss L1+GAN", "--loss"),
+    for line, message in (
+        ("--load run --epochs 2 --optimizer SGD", "--optimizer: the run uses Adam"),
+        ("--load run --epochs 2 --loss L1+GAN", "--loss: GAN needs HR patches of at least 32 pixels"),
+        ("--load run --epochs 2 --loss L1+GAN --patch_size 16", "--loss: the run has no discriminator for 'GAN'"),
         ("--load run --epochs 2 --scale 3", "--scale 3: the run has 2"),
-        ("--load run --epochs 2 --rgb_range 1", "--rgb_range 1.0: the run has 255"),
-        ("--load run", "has its 1 epochs"),
+        ("--load run --epochs 2 --rgb_range 1", "--rgb_range 1.0: the run has the network's default"),
+        ("--load run", "--load run: all 1 epochs are done"),
     ):
-        with pytest.raises(InputError, match=said):
-            run(line)
+        assert mistake(line).startswith(message)
     assert before == {path: path.read_bytes() for path in Path("experiment/run").rglob("*") if path.is_file()}
 
 
-def test_going_on_keeps_the_origin_of_a_run(folder):
+def test_a_resumed_run_keeps_the_origin_of_its_weights(folder):
     run(f"{TRAIN} --epochs 1 --pre_train weights.pt")
     run("--load run --epochs 2")
-    assert json.loads(Path("experiment/run/options.json").read_text())["changed"]["pre_train"] == "weights.pt"
+    assert read_options("run")["changed"]["pre_train"] == "weights.pt"
 
 
-def test_going_on_by_command_line_is_exact(folder):
+def test_resuming_from_the_command_line_is_exact(folder):
     run(f"{TRAIN} --epochs 2")
-    shutil.move("experiment/run", "experiment/whole")
+    shutil.move("experiment/run", "experiment/uninterrupted")
     run(f"{TRAIN} --epochs 1")
     run(f"{TRAIN.replace('--save', '--load')} --epochs 2")
-    ours, whole = (
-        torch.load(f"experiment/{name}/model/model_latest.pt", weights_only=True) for name in ("run", "whole")
-    )
-    assert all(torch.equal(ours[key], whole[key]) for key in whole)
+    ours, theirs = (load(f"experiment/{name}/model/model_latest.pt") for name in ("run", "uninterrupted"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_test_writes_images_metrics_and_a_table(folder, capsys):
+def test_a_test_writes_images_metrics_and_a_table(folder, capsys):
     assert run(f"{TEST} --save_results") == 0
     results = folder / "experiment/check/results-Tiny2-x2"
     assert {path.name for path in results.iterdir()} == {
-        "img0_x2_SR.png", "img1_x2_SR.png", "metrics.json", "options.json",
-    }  # fmt: skip
-    metrics = json.loads((results / "metrics.json").read_text())
+        *("img0_x2_SR.png", "img1_x2_SR.png"),
+        *("metrics.json", "options.json"),
+    }
+    metrics = read_metrics("check")
     assert metrics["n_images"] == 2
-    assert iio.imread(results / "img0_x2_SR.png").shape == (40, 48, 3)
+    assert read_sr("check").shape == (40, 48, 3)
     printed = capsys.readouterr().out
     assert "img1" in printed
     assert f"{metrics['psnr_y']:.2f}" in printed
 
 
-def test_masks_are_drawn(folder):
-    make_odd = iio.imread("data/benchmark/Tiny2/LR_bicubic/X2/img0.png")[:19, :23]
-    iio.imwrite("odd.png", make_odd)
+def test_mask_pictures_are_written(folder):
+    odd_image = iio.imread("data/benchmark/Tiny2/LR_bicubic/X2/img0.png")[:19, :23]
+    iio.imwrite("odd.png", odd_image)
     demo = "--data_test demo --dir_demo odd.png --scale 2 --pre_train weights.pt --test_only --save_masks --save demo"
     assert run(demo) == 0
-    results = folder / "experiment/demo/results-demo-x2"
-    drawn = {path.name: iio.imread(path) for path in results.glob("*.png")}
-    assert set(drawn) == {
-        f"odd_x2_{kind}.png" for kind in ("SR", "mask1", "mask2", "density", "masks")
-    }  # fmt: skip
+    pictures = {path.name: iio.imread(path) for path in Path("experiment/demo/results-demo-x2").glob("*.png")}
+    assert set(pictures) == {f"odd_x2_{kind}.png" for kind in ("SR", "mask1", "mask2", "density", "masks")}
     for kind in ("mask1", "mask2", "density"):
-        assert drawn[f"odd_x2_{kind}.png"].shape == (19, 23, 3)
-    for line, said in (("--self_ensemble", "takes eight"), ("--model EDSR", "EDSR has no masks")):
-        with pytest.raises(InputError, match=said):
-            run(f"{demo} {line}")
+        assert pictures[f"odd_x2_{kind}.png"].shape == (19, 23, 3)
+    assert "--self_ensemble makes eight" in mistake(f"{demo} --self_ensemble")
+    assert mistake(f"{demo} --model EDSR").startswith("--save_masks: EDSR has no masks")
 
 
-def test_an_image_too_large_for_the_memory_is_run_in_tiles(folder, monkeypatch, capsys):
+def test_an_image_too_large_for_memory_is_processed_in_tiles(folder, monkeypatch, capsys):
     run(f"{TEST} --save_results")
-    whole = iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png")
+    untiled = read_sr("check")
     assert "in tiles" not in capsys.readouterr().out
     monkeypatch.setattr("model.inference.free_memory", lambda device: 1000)
     run(f"{TEST} --save_results")
-    assert capsys.readouterr().out.count("20x24 pixels need about 0.0 GiB, more than is free: run in tiles") == 1
-    assert np.array_equal(iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png"), whole)
+    message = "20x24 pixels need about 0.0 GiB, more than is free: processing the image in tiles"
+    assert capsys.readouterr().out.count(message) == 1
+    assert np.array_equal(read_sr("check"), untiled)
 
 
 def test_self_ensemble_and_precision(folder, tiny):
     run(f"{TEST} --save_results")
-    plain = iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png").astype(int)
+    plain = read_sr("check").astype(int)
     others = []
     for flags in ("--self_ensemble", "--precision bf16"):
         run(f"{TEST} --save_results --reset {flags}")
-        others.append(iio.imread("experiment/check/results-Tiny2-x2/img0_x2_SR.png"))
+        others.append(read_sr("check"))
         assert np.abs(plain - others[-1]).mean() < 8
     lr = torch.from_numpy(iio.imread("data/benchmark/Tiny2/LR_bicubic/X2/img0.png")).permute(2, 0, 1)[None].float()
     expected, _ = self_ensemble(tiny.eval().inference, lr)
-    assert np.array_equal(others[0], quantize(expected[0], 255))
+    assert np.array_equal(others[0], to_uint8(expected))
     expected = tiny.bfloat16()(lr.bfloat16())
-    assert np.array_equal(others[1], quantize(expected[0], 255))
+    assert np.array_equal(others[1], to_uint8(expected))
 
 
-@pytest.mark.parametrize("model", [SMSR(2, n_blocks=2), EDSR(2, n_resblocks=2)])
+def to_uint8(sr, rgb_range=255):
+    """(1, C, H, W) in 0...rgb_range -> uint8 (H, W, C)."""
+    return (sr.detach().float() * (255 / rgb_range)).clamp(0, 255).round().byte()[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("model", [SMSR(2, n_blocks=2), EDSR(2, n_resblocks=2)], ids=["SMSR", "EDSR"])
 def test_tiles_and_modes_give_the_same_image(folder, model):
     torch.save(model.state_dict(), "weights.pt")
     rng = np.random.default_rng(0)
@@ -171,47 +214,47 @@ def test_tiles_and_modes_give_the_same_image(folder, model):
     images = []
     for flags in ("", "--chop --chop_size 150", "--inference dense", "--inference auto --chop --chop_size 1"):
         run(f"{demo} --save check --reset {flags}")
-        images.append(iio.imread("experiment/check/results-demo-x2/own_x2_SR.png").astype(int))
+        images.append(read_sr("check", "own", "results-demo-x2").astype(int))
     assert np.array_equal(images[0], images[1])
     assert np.array_equal(images[0], images[3])
     assert np.abs(images[0] - images[2]).max() <= 1
     assert (images[0] != images[2]).mean() < 1e-3
 
 
-def bound_memory():
+def limit_memory():
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (10 << 30, 10 << 30))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="bounds the memory of a process as Linux does")
-def test_too_large_an_image_is_named_with_the_way_out(folder):
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
+def test_an_image_that_does_not_fit_in_memory_is_named_with_what_to_do(folder):
     torch.save(SMSR(2).state_dict(), "weights.pt")
     (folder / "photos").mkdir()
     iio.imwrite("photos/huge.png", np.zeros((7000, 8000, 3), np.uint8))
     line = "--data_test demo --dir_demo photos --pre_train weights.pt --test_only --save check --cpu"
-    done = subprocess.run([*MAIN, *line.split()], capture_output=True, text=True, preexec_fn=bound_memory)
+    done = subprocess.run([*MAIN, *line.split()], capture_output=True, text=True, preexec_fn=limit_memory)
     assert done.returncode == 2, done.stderr
-    assert "error: huge: not enough memory for an image of 7000x8000 pixels; add --chop" in done.stderr
+    message = "error: --chop: huge: not enough memory for an image of 7000x8000 pixels; process it in tiles (chop)"
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_demo_writes_images_and_says_that_it_does_not_measure(folder, capsys):
+def test_demo_writes_images_and_logs_that_nothing_is_measured(folder, capsys):
     (folder / "photos").mkdir()
     shutil.copy("data/Tiny/LR_bicubic/X2/img0.png", "photos/own.png")
     run("--data_test demo --dir_demo photos --pre_train weights.pt --test_only --save_results --save check")
-    assert iio.imread("experiment/check/results-demo-x2/own_x2_SR.png").shape == (40, 48, 3)
+    assert read_sr("check", "own", "results-demo-x2").shape == (40, 48, 3)
     assert "no HR images" in capsys.readouterr().out
-    assert json.loads(Path("experiment/check/results-demo-x2/metrics.json").read_text())["psnr_y"] is None
+    assert read_metrics("check", "results-demo-x2")["psnr_y"] is None
 
 
 @pytest.mark.parametrize("flags", ["--n_colors 1", "--rgb_range 1"])
-def test_grey_images_and_another_range(folder, flags):
+def test_grey_images_and_another_value_range(folder, flags):
     run(f"{TRAIN} --epochs 2 --lr 1e-3 {flags}")
     run("--load run --test_only --data_test Tiny2 --resume -1 --save_results")
-    metrics = json.loads(Path("experiment/run/results-Tiny2-x2/metrics.json").read_text())
-    image = iio.imread("experiment/run/results-Tiny2-x2/img0_x2_SR.png")
-    assert image.shape == ((40, 48) if "colors" in flags else (40, 48, 3))
-    assert metrics["psnr_y"] > 15
+    assert read_sr("run").shape == ((40, 48) if "colors" in flags else (40, 48, 3))
+    assert read_metrics("run")["psnr_y"] > 15
 
 
 def test_weights_survive_a_reset_of_results(folder):
@@ -219,55 +262,66 @@ def test_weights_survive_a_reset_of_results(folder):
     weights = "experiment/run/model/model_best.pt"
     run(f"{TEST} --save run --pre_train {weights} --reset")
     assert Path(weights).exists()
-    with pytest.raises(InputError, match="--reset would delete"):
-        run(f"{TRAIN} --pre_train {weights} --reset")
+    message = f"--reset: would delete --pre_train {weights}; choose another --save"
+    assert mistake(f"{TRAIN} --pre_train {weights} --reset") == message
     assert Path(weights).exists()
+    run(f"{TRAIN} --epochs 1 --pre_train weights.pt --reset")
+    assert len(read_history("run")) == 1
 
 
-def test_training_starts_from_other_weights(folder, tiny):
+def test_training_starts_from_given_weights(folder, tiny):
     run(f"{TRAIN} --epochs 1 --pre_train weights.pt --lr 1e-12 --lambda_warmup 9")
-    trained = torch.load("experiment/run/model/model_latest.pt", weights_only=True)
+    trained = load("experiment/run/model/model_latest.pt")
     assert all((trained[key] - value).abs().max() < 1e-6 for key, value in tiny.state_dict().items())
 
 
 def test_edsr_trains_too(folder):
     run(TRAIN.replace("--n_blocks 2 --n_layers 2", "--model EDSR --n_resblocks 1") + " --epochs 1")
-    (row,) = csv.DictReader(Path("experiment/run/log.csv").read_text().splitlines())
+    (row,) = read_history("run")
     assert row["active"] == row["active_share_Tiny"] == "1"
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        (f"{TRAIN} --model RCAN", "SMSR, EDSR"),
-        (f"{TRAIN} --loss L3", "there are L1, MSE"),
-        (f"{TRAIN} --optimizer LION", "ADAM, SGD, RMSprop"),
-        (f"{TRAIN} --data_train Set9", "the sets there: Tiny, Tiny2"),
-        (f"{TRAIN} --dir_data nowhere", "no such folder"),
-        (f"{TRAIN} --scale 3", r"prepare_data\.py"),
-        (f"{TRAIN} --patch_size 30", r"img0\.png: 20x24 .* --patch_size 30"),
-        (f"{TRAIN} --data_range 1-3/4-9", "4-9: Tiny holds 4"),
-        (f"{TRAIN} --device cuda:9", "--device cuda:9"),
-        (f"{TRAIN} --loss VGG54 --patch_size 4", "VGG54 needs HR patches of 16"),
-        ("--load absent", "there is no run"),
-        ("--load absent --test_only", "there is no run"),
-        (f"{TEST} --data_test Set5", "no set 'Set5'"),
-        (f"{TEST} --scale 4", "--scale 2 and not 4"),
-        (f"{TEST} --pre_train absent.pt", r"absent\.pt"),
-        (f"{TEST} --pre_train data/Tiny/HR/img0.png", r"img0\.png"),
-        (f"{TEST} --model EDSR", "not those of EDSR"),
-        (f"{TEST} --n_feats 16", "--n_feats 8 and not 16"),
-        (f"{TEST} --n_resblocks 3", "no such size"),
-        ("--test_only", "needs weights"),
-        (f"{TEST} --data_test demo --dir_demo absent", "absent: no such folder"),
-        (f"{TEST} --save ../up", "names no run"),
-    ],
-)  # fmt: skip
-def test_mistakes_are_named_and_leave_nothing(folder, line, said):
+# Mistakes, and the beginning of the line that is printed for each: it names a flag or a file.
+MISTAKES = [
+    (f"{TRAIN} --model RCAN", "--model: no such network 'RCAN'; there are SMSR, EDSR"),
+    (f"{TRAIN} --loss L3", "--loss: .* there are L1, MSE"),
+    (f"{TRAIN} --optimizer LION", "--optimizer: no such optimizer 'LION'; there are ADAM, SGD, RMSprop"),
+    (f"{TRAIN} --data_train Set9", "--dir_data: no set 'Set9' in data; available sets: Tiny, Tiny2"),
+    (f"{TRAIN} --dir_data nowhere", "--dir_data: no such folder 'nowhere'"),
+    (f"{TRAIN} --scale 3", r"data.Tiny.LR_bicubic.X3: the LR images at x3 are missing; .*prepare_data\.py"),
+    (f"{TRAIN} --patch_size 30", r"--patch_size: patches of 30x30 pixels do not fit into .*img0\.png \(20x24\); use"),
+    (f"{TRAIN} --data_range 1-3/4-9", "--data_range: range 4-9 is out of bounds: Tiny holds 4 images"),
+    (f"{TRAIN} --device cuda:9", "--device: no such device 'cuda:9' on this machine"),
+    (f"{TRAIN} --loss VGG54 --patch_size 4", "--loss: VGG54 needs HR patches of at least 16 pixels"),
+    (f"{TRAIN} --n_resblocks 3", "--n_resblocks: SMSR has no parameter 'n_resblocks'"),
+    (f"{TRAIN} --model EDSR --n_blocks 3", "--n_(blocks|layers): EDSR has no parameter"),
+    (f"{TRAIN} --pre_train absent.pt", r"absent\.pt: no such weights file"),
+    (
+        f"{TRAIN} --pre_train weights.pt --n_feats 16",
+        r"--n_feats: weights\.pt holds SMSR weights for n_feats 8, not 16",
+    ),
+    ("--load absent", "--load: experiment.absent: does not exist; there is no run to resume"),
+    ("--load absent --test_only", "--load: experiment.absent: does not exist; there is no run to resume"),
+    (f"{TEST} --data_test Set5", "--dir_data: no set 'Set5' in data"),
+    (f"{TEST} --scale 4", r"--scale: weights\.pt holds SMSR weights for scale 2, not 4"),
+    (f"{TEST} --pre_train absent.pt", r"absent\.pt: no such weights file"),
+    (f"{TEST} --pre_train data/Tiny/HR/img0.png", r"data/Tiny/HR/img0\.png: cannot be read as PyTorch weights"),
+    (f"{TEST} --model EDSR", r"weights\.pt: not weights of EDSR"),
+    (f"{TEST} --n_feats 16", r"--n_feats: weights\.pt holds SMSR weights for n_feats 8, not 16"),
+    (f"{TEST} --rgb_range 1", r"--rgb_range: weights\.pt holds SMSR weights for rgb_range 255, not 1"),
+    (f"{TEST} --n_resblocks 3", "--n_resblocks: SMSR has no parameter 'n_resblocks'"),
+    ("--test_only", "--test_only: needs weights"),
+    (f"{TEST} --data_test demo --dir_demo absent", "absent: no such folder"),
+    (f"{TEST} --data_test demo", "--dir_demo: missing"),
+    (f"{TEST} --save ../up", "--save: '../up' is not a valid run name"),
+    ("--load ../up", "--save: '../up' is not a valid run name"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES)
+def test_mistakes_are_named_and_leave_nothing_behind(folder, line, message):
     before = sorted(folder.rglob("*.pt"))
-    with pytest.raises(InputError, match=said) as error:
-        run(line)
-    assert "\n" not in str(error.value)
+    assert re.match(message, mistake(line))
     assert sorted(folder.rglob("*.pt")) == before
     assert not (folder / "experiment").exists()
 
@@ -275,18 +329,32 @@ def test_mistakes_are_named_and_leave_nothing(folder, line, said):
 def test_a_broken_image_is_named(folder):
     path = Path("data/benchmark/Tiny2/HR/img1.png")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"img1\.png"):
-        run(TEST)
+    assert mistake(TEST).startswith(f"{path}: not an image, or broken")
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(folder):
+@pytest.mark.parametrize("n_threads", [0, 1])
+def test_an_image_that_breaks_during_a_training_is_named_with_what_to_do(folder, n_threads):
+    run(f"{TRAIN} --epochs 1 --ext img")
+    path = Path("data/Tiny/HR/img1.png")
+    path.write_bytes(path.read_bytes()[:-100])
+    message = mistake(f"--load run --epochs 5 --n_threads {n_threads}")
+    assert message.startswith(f"{path}: not an image, or broken")
+    assert message.endswith("; then resume with: python main.py --load run")
+
+
+def test_a_mistake_is_printed_in_one_line_with_exit_code_2(folder, capsys):
     done = subprocess.run([*MAIN, "--scale", "0"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: argument --scale")
     assert done.stderr.count("\n") == 1
+    with pytest.raises(SystemExit) as exited:
+        run_program(lambda: run(f"{TRAIN} --model RCAN"))
+    assert exited.value.code == 2
+    assert capsys.readouterr().err == "error: --model: no such network 'RCAN'; there are SMSR, EDSR\n"
 
 
-def started(line):
+def start(line):
+    """Start the program in a process group of its own."""
     return subprocess.Popen(
         [*MAIN, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -300,25 +368,25 @@ def wait_for(condition, seconds=120):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
-def test_ctrl_c_saves_and_says_how_to_go_on(folder):
-    process = started(f"{TRAIN.replace('--n_threads 0', '--n_threads 1')} --epochs 100000")
+def test_ctrl_c_saves_and_prints_how_to_resume(folder):
+    process = start(f"{TRAIN.replace('--n_threads 0', '--n_threads 1')} --epochs 100000")
     wait_for(Path("experiment/run/log.csv").exists)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: workers, too
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "python main.py --load run" in printed
+    assert "resume with: python main.py --load run" in printed
     assert "Traceback" not in printed
-    epoch = torch.load("experiment/run/checkpoint.pt", weights_only=True)["epoch"]
+    epoch = load("experiment/run/checkpoint.pt")["epoch"]
     assert run(f"--load run --epochs {epoch}") == 0
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="sends POSIX signals, as Linux has them")
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="sends POSIX signals as Linux does")
 def test_sigterm_to_all_processes_of_a_run_saves(folder):
-    process = started(f"{TRAIN.replace('--n_threads 0', '--n_threads 2')} --epochs 100000")
+    process = start(f"{TRAIN.replace('--n_threads 0', '--n_threads 2')} --epochs 100000")
     wait_for(Path("experiment/run/log.csv").exists)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(workers) >= 2
-    for pid in (*map(int, workers), process.pid):  # as a batch system does it
+    for pid in (*map(int, workers), process.pid):  # a batch system does this
         os.kill(pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130
@@ -328,25 +396,25 @@ def test_sigterm_to_all_processes_of_a_run_saves(folder):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
-def test_a_killed_run_can_be_taken_up_while_its_workers_live(folder):
-    process = started(f"{TRAIN.replace('--n_threads 0', '--n_threads 1')} --epochs 100000")
+def test_a_killed_run_can_be_resumed_while_its_workers_are_alive(folder):
+    process = start(f"{TRAIN.replace('--n_threads 0', '--n_threads 1')} --epochs 100000")
     wait_for(Path("experiment/run/checkpoint.pt").exists)
     wait_for(Path("experiment/run/log.csv").exists)
     process.kill()
     process.wait()
-    epoch = torch.load("experiment/run/checkpoint.pt", weights_only=True)["epoch"]
+    epoch = load("experiment/run/checkpoint.pt")["epoch"]
     assert run(f"--load run --epochs {epoch}") == 0
-    process.communicate(timeout=60)  # the workers, which hold the pipe, have ended, too
+    process.communicate(timeout=60)  # returns when the workers, which hold the pipe, have ended too
 
 
-def test_a_time_limit_stops_and_the_run_goes_on(folder, capsys):
+def test_a_run_that_stopped_at_its_time_limit_can_be_resumed(folder, capsys):
     assert run(f"{TRAIN} --epochs 100000 --time_limit 0.02") == 0
-    assert "python main.py --load run" in capsys.readouterr().out
-    state = torch.load("experiment/run/checkpoint.pt", weights_only=True)
-    assert run(f"--load run --epochs {state['epoch']}") == 0  # without the limit
+    assert "resume with: python main.py --load run" in capsys.readouterr().out
+    state = load("experiment/run/checkpoint.pt")
+    assert run(f"--load run --epochs {state['epoch']}") == 0  # the limit is not resumed
 
 
-def test_without_a_compiler_compile_says_so(folder):
+def test_compiling_without_a_compiler_is_reported(folder):
     (folder / "empty").mkdir()
     environment = os.environ | {"PATH": str(folder / "empty"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")}
     done = subprocess.run(
@@ -362,15 +430,16 @@ def test_a_dry_run_writes_nothing(folder, capsys):
     printed = capsys.readouterr().out
     assert "7 epochs: about" in printed
     assert "GiB" in printed
+    assert "changed" not in printed
     assert not (folder / "experiment").exists()
 
 
-def test_weights_of_another_scale_lend_all_but_the_tail(folder, make_set, tiny, capsys):
+def test_weights_of_another_scale_are_loaded_except_for_the_tail(folder, make_set, tiny, capsys):
     make_set("Three", count=4, size=(60, 72), scale=3)
     line = TRAIN.replace("Tiny+Tiny2", "Three").replace("--data_train Tiny", "--data_train Three")
     run(f"{line} --scale 3 --epochs 1 --pre_train weights.pt --lr 1e-12 --lambda_warmup 9")
-    assert "weights.pt: of x2; all but the tail is taken for x3" in capsys.readouterr().out
-    trained = torch.load("experiment/run/model/model_latest.pt", weights_only=True)
+    assert "weights.pt: these are x2 weights; loading all but the tail for x3" in capsys.readouterr().out
+    trained = load("experiment/run/model/model_latest.pt")
     for key, value in tiny.state_dict().items():
         if key.startswith("tail."):
             assert trained[key].shape[0] == 27
@@ -378,41 +447,41 @@ def test_weights_of_another_scale_lend_all_but_the_tail(folder, make_set, tiny, 
             torch.testing.assert_close(trained[key], value)
 
 
-def test_what_a_run_goes_on_with_is_said(folder, capsys):
+def test_changed_options_are_logged(folder, capsys):
     run(f"{TRAIN} --epochs 1")
-    capsys.readouterr()
+    assert "changed: " not in capsys.readouterr().out
     run("--load run --epochs 2 --lr 1e-5")
     printed = capsys.readouterr().out
-    assert "from here on: lr 1e-05 (0.0002 before)" in printed
-    assert "from here on: epochs 2 (1 before)" in printed
-    assert printed.count("from here on") == 2
+    assert "changed: lr 0.0002 → 1e-05\n" in printed
+    assert "changed: epochs 1 → 2\n" in printed
+    assert printed.count("changed: ") == 2
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there are no such locks")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
 def test_two_runs_in_one_folder_are_refused(folder):
     run(f"{TRAIN} --epochs 1")
-    with Experiment("run").alone():
+    with Experiment("run").lock():
         for line in ("--load run --epochs 2", f"{TRAIN} --reset"):
-            with pytest.raises(InputError, match="another process is training there"):
-                run(line)
+            assert mistake(line).startswith(f"{Path('experiment/run')}: another process is training there")
     assert run("--load run --epochs 2") == 0
 
 
-def bound_files():
+def limit_files():
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="bounds the files of a process as Linux does")
-def test_a_disk_that_takes_no_more_is_told_and_loses_nothing(folder):
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the files of a process as Linux does")
+def test_a_full_disk_is_reported_and_nothing_is_lost(folder):
     run(f"{TRAIN} --epochs 1")
     before = Path("experiment/run/checkpoint.pt").read_bytes()
     line = "--load run --epochs 2"
-    done = subprocess.run([*MAIN, *line.split()], capture_output=True, text=True, preexec_fn=bound_files)
+    done = subprocess.run([*MAIN, *line.split()], capture_output=True, text=True, preexec_fn=limit_files)
     assert done.returncode == 2, done.stderr
     error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("error: experiment/run/checkpoint.pt: File too large; mend that, then go on from")
+    problem = "experiment/run/checkpoint.pt: File too large"
+    assert error == f"error: {problem}; fix it, then resume with: python main.py --load run"
     assert "Traceback" not in done.stderr
     assert Path("experiment/run/checkpoint.pt").read_bytes() == before
 
@@ -423,20 +492,253 @@ def test_tensorboard_is_optional(folder):
     assert list(Path("experiment/run/tensorboard").iterdir())
 
 
-def test_without_tensorboard_the_line_says_what_to_install(folder, monkeypatch):
+def test_without_tensorboard_the_message_names_what_to_install(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install tensorboard"):
-        run(f"{TRAIN} --epochs 1 --tensorboard")
+    message = "--tensorboard: the package is not installed; pip install tensorboard"
+    assert mistake(f"{TRAIN} --epochs 1 --tensorboard") == message
     assert not Path("experiment").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 def test_a_killed_run_leaves_a_checkpoint_that_loads(folder):
-    process = started(f"{TRAIN} --epochs 100000 --test_every 100000")
+    process = start(f"{TRAIN} --epochs 100000 --test_every 100000")
     wait_for(Path("experiment/run/checkpoint.pt").exists)
     process.kill()
     process.communicate()
     assert run("--load run --epochs 1 --test_every 2") == 0
+
+
+# ---- settings that travel with the weights ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, and a setting of it that is not the default."""
+
+    model: str
+    sizes: str  # as flags
+    setting: str
+    value: float
+    build: Callable  # with the sizes; takes the setting
+
+    @property
+    def flag(self):
+        return f"--{self.setting} {self.value}"
+
+    @property
+    def train(self):
+        line = TRAIN.replace("--n_blocks 2 --n_layers 2", f"--model {self.model} {self.sizes}")
+        return f"{line} --lr 1e-3 --epochs 1"
+
+    @property
+    def test(self):
+        return f"{TEST} --pre_train {WEIGHTS} --model {self.model} --save_results"
+
+    def upscale(self, lr, weights=None, **setting):
+        """uint8 (H, W, 3) -> uint8 (2 H, 2 W, 3), by a network that takes only its parameters from the weights."""
+        network, rgb_range = self.build(**setting).eval(), setting.get("rgb_range", 255)
+        parameters, weights = dict(network.named_parameters()), load(weights or WEIGHTS)
+        network.load_state_dict({key: weights[key] for key in parameters})
+        return to_uint8(network(torch.from_numpy(lr).permute(2, 0, 1)[None] * (rgb_range / 255)), rgb_range)
+
+
+CASES = [
+    Case(
+        model="SMSR",
+        sizes="--n_blocks 1 --n_layers 2",
+        setting="rgb_range",
+        value=1.0,
+        build=functools.partial(SMSR, 2, n_feats=8, n_blocks=1, n_layers=2),
+    ),
+    Case(
+        model="EDSR",
+        sizes="--n_resblocks 2",
+        setting="res_scale",
+        value=0.1,
+        build=functools.partial(EDSR, 2, n_feats=8, n_resblocks=2),
+    ),
+]
+WEIGHTS = "experiment/run/model/model_latest.pt"
+
+
+@pytest.fixture(params=CASES, ids=[case.setting for case in CASES])
+def trained(folder, request):
+    """A case whose network was trained with its setting, with the weights WEIGHTS."""
+    run(f"{request.param.train} {request.param.flag}")
+    return request.param
+
+
+@pytest.fixture
+def lr(folder):
+    return iio.imread("data/benchmark/Tiny2/LR_bicubic/X2/img0.png")
+
+
+@pytest.fixture
+def expected(trained, lr):
+    """The image that the network makes of `lr`, which it would not make without its setting."""
+    sr = trained.upscale(lr, **{trained.setting: trained.value})
+    assert np.abs(sr.astype(int) - trained.upscale(lr)).max() > 2
+    return sr
+
+
+def test_a_test_takes_the_settings_from_the_weights(trained, expected):
+    run(f"{trained.test} --save with_flag {trained.flag}")
+    run(f"{trained.test} --save without_flag")
+    run("--load run --test_only --data_test Tiny2 --save_results")
+    assert np.abs(read_sr("with_flag").astype(int) - expected).max() <= 1
+    assert (read_sr("with_flag") != expected).mean() < 0.01
+    for name in ("without_flag", "run"):
+        assert np.array_equal(read_sr(name), read_sr("with_flag"))
+        assert read_metrics(name)["psnr_y"] == read_metrics("with_flag")["psnr_y"]
+    message = (
+        f"--{trained.setting}: {WEIGHTS} holds {trained.model} weights for {trained.setting} {trained.value:g}, not 3"
+    )
+    assert mistake(f"{trained.test} --{trained.setting} 3").startswith(message)
+
+
+def test_the_moving_average_takes_the_settings_too(trained, lr):
+    run(f"{trained.train} {trained.flag} --ema 0.5 --save average")
+    average = "experiment/average/model/model_latest_ema.pt"
+    run(f"{trained.test} --pre_train {average}")
+    sr = trained.upscale(lr, average, **{trained.setting: trained.value})
+    assert np.abs(read_sr("check").astype(int) - sr).max() <= 1
+
+
+def test_python_code_takes_the_settings_from_the_weights(trained, lr, expected):
+    network = load_model(WEIGHTS)
+    assert getattr(network, trained.setting).item() == pytest.approx(trained.value)
+    assert np.abs(network.upscale(lr).astype(int) - expected).max() <= 1
+
+
+def test_a_comparison_takes_the_settings_from_the_weights(trained, capsys):
+    path = "data/benchmark/Tiny2/HR/img1.png"
+    hr = iio.imread(path)
+    lr = downscale(hr, 2)
+    expected = compare(trained.upscale(lr, **{trained.setting: trained.value}), hr, 2)["psnr_y"]
+    assert abs(expected - compare(trained.upscale(lr), hr, 2)["psnr_y"]) > 0.1
+    capsys.readouterr()
+    compare_tool.main(["--image", path, "--crop", "0,0,20,20", "--methods", WEIGHTS, "--output", "strip.png"])
+    printed = capsys.readouterr().out.splitlines()[0]
+    assert float(printed.split()[1]) == pytest.approx(expected, abs=0.011)
+    assert Path("strip.png").exists()
+
+
+def test_an_exported_graph_takes_the_settings_from_the_weights(trained, lr, expected):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    export_onnx.main(["--pre_train", WEIGHTS, "--output", "graph.onnx"])
+    session = onnxruntime.InferenceSession("graph.onnx", providers=["CPUExecutionProvider"])
+    (sr,) = session.run(["sr"], {"image": lr[None]})
+    assert np.abs(sr[0].astype(int) - expected).max() <= 1
+    assert (sr[0] != expected).mean() < 0.01
+
+
+def test_a_resumed_run_keeps_the_settings(trained):
+    run("--load run --epochs 2 --decay 1 --tau_epochs 2 --lambda_warmup 1")
+    resumed = load(WEIGHTS)
+    assert resumed[trained.setting].item() == pytest.approx(trained.value)
+    schedules = "--decay 1 --tau_epochs 2 --lambda_warmup 1"
+    run(f"{trained.train} {trained.flag} {schedules} --epochs 2 --save uninterrupted".replace("--epochs 1", ""))
+    uninterrupted = load("experiment/uninterrupted/model/model_latest.pt")
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(resumed[key], uninterrupted[key]) for key in resumed)
+
+
+def test_a_training_takes_the_settings_from_the_weights_it_starts_from(trained, lr):
+    line = f"{trained.train} --pre_train {WEIGHTS}"
+    for name, flag in (("with_flag", trained.flag), ("without_flag", "")):
+        run(f"{line} --save {name} {flag}")
+        run(f"--load {name} --epochs 2")
+    assert read_options("without_flag")["options"][trained.setting] is None
+    paths = [f"experiment/{name}/model/model_latest.pt" for name in ("with_flag", "without_flag")]
+    ours, theirs = (load(path) for path in paths)
+    assert ours[trained.setting].item() == pytest.approx(trained.value)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    run("--load without_flag --test_only --data_test Tiny2 --resume -1 --save_results")
+    sr = trained.upscale(lr, paths[1], **{trained.setting: trained.value})
+    assert np.abs(read_sr("without_flag").astype(int) - sr).max() <= 1
+    assert mistake(f"{line} --save wrong --{trained.setting} 3").startswith(f"--{trained.setting}: {WEIGHTS} holds")
+
+
+# ---- runs of version 0.1.0 -------------------------------------------------------------------------------------------
+
+OLD_RUN = Path(__file__).parent / "fixtures/run_0.1.0"
+OLD_NAME = "run_0.1.0"
+# What version 0.1.0 wrote when it resumed the run itself. Processors round differently, so these hold within a percent.
+OLD_EPOCHS = {
+    "2": {
+        "loss": 0.132672,
+        "loss_L1": 0.0566223,
+        "active": 0.760494,
+        "psnr_rgb_Tiny": 21.7735,
+        "psnr_y_Tiny2": 26.5659,
+    },
+    "3": {"loss": 0.129246, "loss_L1": 0.0552111, "active": 0.740345, "psnr_rgb_Tiny": 22.007, "psnr_y_Tiny2": 26.8071},
+}
+OLD_EPOCHS["2"]["psnr_y_Tiny2_ema"], OLD_EPOCHS["3"]["psnr_y_Tiny2_ema"] = 26.2121, 26.6061
+
+
+@pytest.fixture
+def old_run(folder):
+    """A run of version 0.1.0, in value range 1, that was interrupted in the middle of epoch 2."""
+    return Path(shutil.copytree(OLD_RUN, folder / "experiment" / OLD_NAME))
+
+
+def test_the_checkpoint_of_an_old_run_is_what_is_to_be_tested():
+    state, options = load(OLD_RUN / "checkpoint.pt"), json.loads((OLD_RUN / "options.json").read_text())["options"]
+    assert (state["epoch"], state["step"], [row["epoch"] for row in state["history"]]) == (2, 3, [1])
+    assert (options["epochs"], options["test_every"], options["ema"], options["rgb_range"]) == (3, 6, 0.9, 1)
+    assert state["names"] == ["loss", "loss_L1", "active_1", "active_2", "grad_norm"]
+    assert state["sums"].shape == (6,)
+    assert state["bad"].tolist() == [1, 0]
+    assert "rgb_range" not in state["model"]
+    assert "module.rgb_range" not in state["ema"]
+
+
+def test_an_old_run_can_be_finished(old_run):
+    finished_epochs, options = (old_run / "log.csv").read_text(), read_options(OLD_NAME)["options"]
+    assert run(f"--load {OLD_NAME}") == 0
+    assert (old_run / "log.csv").read_text().startswith(finished_epochs)
+    history = {row["epoch"]: row for row in read_history(OLD_NAME)}
+    assert list(history) == ["1", "2", "3"]
+    assert [row["skipped"] for row in history.values()] == ["0", "1", "0"]
+    for epoch, numbers in OLD_EPOCHS.items():
+        for key, value in numbers.items():
+            assert float(history[epoch][key]) == pytest.approx(value, rel=0.01), (epoch, key)
+    ours = read_options(OLD_NAME)["options"]
+    assert {key: ours[key] for key in options} == options | {"load": OLD_NAME}
+    state = load(old_run / "checkpoint.pt")
+    assert (state["epoch"], state["step"], len(state["history"])) == (4, 0, 3)
+    assert state["history"][0] == load(OLD_RUN / "checkpoint.pt")["history"][0]
+    assert state["model"]["rgb_range"] == state["ema"]["module.rgb_range"] == 1
+    assert mistake(f"--load {OLD_NAME}").endswith("all 3 epochs are done; add more with --epochs")
+
+
+def test_an_old_run_logs_no_changed_options_when_it_is_resumed(old_run, capsys):
+    run(f"--load {OLD_NAME} --epochs 2")
+    printed = capsys.readouterr().out
+    assert printed.count("changed: ") == 1
+    assert "changed: epochs 3 → 2" in printed
+
+
+def test_the_weights_of_an_old_run_give_the_results_of_its_log(old_run):
+    run(f"--load {OLD_NAME} --test_only --data_test Tiny2")
+    (row,) = read_history(OLD_NAME)
+    assert read_metrics(OLD_NAME)["psnr_y"] == pytest.approx(float(row["psnr_y_Tiny2"]), abs=0.01)
+    run(f"{TEST} --pre_train {old_run / 'model/model_best.pt'} --rgb_range 1")  # these weights do not record it
+    assert read_metrics("check")["psnr_y"] == pytest.approx(read_metrics(OLD_NAME)["psnr_y"])
+
+
+def test_a_new_run_can_start_from_the_weights_of_an_old_one(old_run):
+    run(f"{TRAIN} --epochs 1 --pre_train {old_run / 'model/model_best.pt'} --rgb_range 1 --lr 1e-12 --lambda_warmup 9")
+    assert load(WEIGHTS)["rgb_range"] == 1
+    run(f"{TEST} --pre_train {WEIGHTS}")
+    (row,) = read_history(OLD_NAME)
+    assert read_metrics("check")["psnr_y"] == pytest.approx(float(row["psnr_y_Tiny2"]), abs=0.01)
+
+
+# ---- published and released weights ----------------------------------------------------------------------------------
 
 
 def test_the_released_weights_run_on_the_sample_images(tmp_path, monkeypatch):
@@ -450,7 +752,7 @@ def test_the_released_weights_run_on_the_sample_images(tmp_path, monkeypatch):
         bicubic = torch.nn.functional.interpolate(
             torch.from_numpy(lr).permute(2, 0, 1)[None].float(), scale_factor=2, mode="bicubic"
         )
-        assert row["psnr_y"] > compare(quantize(bicubic[0], 255), hr, 2)["psnr_y"] + 0.5
+        assert row["psnr_y"] > compare(to_uint8(bicubic), hr, 2)["psnr_y"] + 0.5
 
 
 def test_published_weights_on_set5(shared, tmp_path, monkeypatch, capsys):

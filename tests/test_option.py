@@ -1,12 +1,13 @@
 import json
+from dataclasses import dataclass
 
 import pytest
 
-from option import TEMPLATES, defaults, parse
+from option import NOT_RESUMED, TEMPLATES, changes, defaults, parse, settings
 from utility import InputError
 
 
-def test_edsr_flags_are_all_there():
+def test_all_flags_of_edsr_exist():
     edsr = (
         "n_threads cpu n_GPUs seed dir_data dir_demo data_train data_test data_range ext scale patch_size rgb_range "
         "n_colors chop no_augment model pre_train n_resblocks n_feats res_scale precision reset test_every epochs "
@@ -23,7 +24,7 @@ def test_the_defaults_are_those_of_the_paper():
     assert (args.tau_min, args.tau_epochs, args.lambda_sparsity, args.lambda_warmup) == (0.4, 500, 0.1, 50)
 
 
-def test_options_survive_json():
+def test_options_survive_a_round_trip_through_json():
     args = vars(parse(["--data_range", "1-80/81-91", "--decay", "10-20", "--data_test", "Set5+Sample"]))
     assert json.loads(json.dumps(args)) == args
     assert args["data_range"] == [[1, 80], [81, 91]]
@@ -38,59 +39,118 @@ def test_templates_set_defaults_that_the_command_line_overrides(name):
     assert parse(["--template", name, "--lr", "0.5"]).lr == 0.5
 
 
-def test_what_cannot_be_taken_over_from_a_run():
+def test_a_resumed_run_keeps_its_network_and_a_test_chooses_its_own_precision():
     stored = {"precision": "bf16", "compile": True, "res_scale": None, "n_feats": 32}
     assert parse(["--load", "run"], stored).precision == "bf16"
     assert parse(["--load", "run", "--test_only"], stored).precision == "single"
     assert not parse(["--load", "run", "--no-compile"], stored).compile
-    with pytest.raises(InputError, match=r"--res_scale 0\.1: the run has the network's own"):
+    with pytest.raises(InputError, match=r"--res_scale 0\.1: the run has the network's default; leave it out"):
         parse(["--load", "run", "--res_scale", "0.1"], stored)
-    with pytest.raises(InputError, match="--n_feats 64: the run has 32"):
+    with pytest.raises(InputError, match="--n_feats 64: the run has 32; leave it out"):
         parse(["--load", "run", "--n_feats", "64"], stored)
 
 
-def test_options_of_a_run_are_defaults_except_those_of_one_call():
+def test_stored_options_are_the_defaults_except_those_of_a_single_call():
     stored = {"lr": 0.1, "epochs": 5, "reset": True, "pre_train": "a.pt", "cpu": True, "device": "cpu", "unknown": 1}
     args = parse(["--load", "run", "--epochs", "9"], stored)
     assert (args.lr, args.epochs, args.reset, args.pre_train, args.device) == (0.1, 9, False, "", "cpu")
     assert parse(["--load", "run", "--device", "cuda"], stored).device == "cuda"
+    assert not hasattr(args, "unknown")
+    assert {"save", "load", "reset", "pre_train", "test_only", "time_limit"} <= NOT_RESUMED <= defaults().keys()
+
+
+def test_changed_options_are_listed():
+    stored = {"lr": 0.1, "epochs": 5, "decay": [1], "tau_epochs": 2, "lambda_warmup": 1, "save": "other", "unknown": 1}
+    args = parse(["--load", "run", "--epochs", "9", "--lr", "0.2"], stored)
+    assert changes(args, stored) == ["lr 0.1 → 0.2", "epochs 5 → 9"]
+    assert changes(args, {}) == []
+
+
+def test_settings_are_filled_with_options_of_the_same_names():
+    @dataclass(frozen=True)
+    class Settings:
+        lr: float
+        gclip: float
+        deadline: float
+
+    filled = settings(Settings, parse(["--lr", "0.5", "--gclip", "2"]), gclip=3.0, deadline=1.0)
+    assert filled == Settings(lr=0.5, gclip=3.0, deadline=1.0)
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
-        ("--scale 0", "--scale: '0' is not a whole number of 1 or more"),
-        ("--scale two", "--scale: 'two'"), ("--scale -1", "--scale: '-1'"), ("--patch_size 0", "--patch_size: '0'"),
-        ("--batch_size -4", "--batch_size"), ("--n_feats 0", "--n_feats"), ("--epochs 0", "--epochs"),
-        ("--test_every 0", "--test_every"), ("--split_batch 0", "--split_batch"), ("--n_threads -1", "--n_threads"),
-        ("--lr 0", "--lr: '0' is not a number above 0"), ("--lr nan", "--lr"), ("--lr inf", "--lr"),
-        ("--gclip -1", "--gclip"), ("--rgb_range 0", "--rgb_range"), ("--betas 1 0.9", "--betas: '1' .* below 1"),
-        ("--seed 99999999999999999999", "--seed"), ("--chop_size 0", "--chop_size"),
-        ("--decay 5-3", "--decay: '5-3' is not in order"), ("--tau_min 2", "--tau_min 2.0: the temperature"),
-        ("--split_batch 8 --batch_size 4", "--split_batch 8: --batch_size 4"),
-        ("--decay 0", "--decay"), ("--decay a-b", "--decay"), ("--data_range 5-1/1-2", "--data_range"),
-        ("--data_range 1-2-3", "--data_range"), ("--data_test Set5+", "--data_test"), ("--data_test A+A", "--data_test"),  # noqa: E501
-        ("--data_test ../Set5", "--data_test"), ("--data_train ..", "--data_train"),
-        ("--cpu False", "unrecognized arguments: False"), ("--cpu --device cuda", "--cpu and a GPU"),
-        ("--cpu --n_GPUs 1", "--cpu and a GPU"), ("--n_GPUs 2", "--n_GPUs 2"), ("--resume 3", "--resume"),
-        ("--load a --resume 3", "--resume"), ("--load a --reset", "--reset"), ("--load a --save b", "leave --save b out"),  # noqa: E501
-        ("--load a --pre_train b.pt", "--pre_train"), ("--load a --template GAN", "--template"),
-        ("--dry_run --test_only", "--dry_run is for a training"), ("--time_limit 0", "--time_limit"),
-        ("--ema 1", "--ema"), ("--max_bad_steps 0", "--max_bad_steps"),
-        ("--save_results", "--save_results is for --test_only"),
-        ("--data_test demo", "--test_only"), ("--unknown", "unrecognized arguments: --unknown"),
-        ("--inference fast", "--inference"), ("--inference sparse", "--inference sparse is for --test_only"),
-        ("--inference sparse --test_only --model EDSR", "EDSR has nothing to skip"),
-        ("--template none", "--template"), ("--ext zip", "--ext"), ("--n_colors 2", "--n_colors"),
+        ("--scale 0", "--scale: '0' is not a positive integer; see --help"),
+        ("--scale two", "--scale: 'two' is not"),
+        ("--scale -1", "--scale: '-1' is not"),
+        ("--patch_size 0", "--patch_size: '0' is not"),
+        ("--batch_size -4", "--batch_size: '-4' is not"),
+        ("--n_feats 0", "--n_feats: '0' is not"),
+        ("--epochs 0", "--epochs: '0' is not"),
+        ("--test_every 0", "--test_every: '0' is not"),
+        ("--split_batch 0", "--split_batch: '0' is not"),
+        ("--n_threads -1", "--n_threads: '-1' is not an integer of 0 or more"),
+        ("--lr 0", "--lr: '0' is not a number above 0"),
+        ("--lr nan", "--lr: 'nan' is not"),
+        ("--lr inf", "--lr: 'inf' is not"),
+        ("--gclip -1", "--gclip: '-1' is not a number of 0 or more"),
+        ("--rgb_range 0", "--rgb_range: '0' is not"),
+        ("--betas 1 0.9", "--betas: '1' is not a number of 0 or more, below 1"),
+        ("--seed 99999999999999999999", "--seed: '99999999999999999999' is not"),
+        ("--chop_size 0", "--chop_size: '0' is not"),
+        ("--decay 5-3", "--decay: '5-3' is not in increasing order"),
+        ("--tau_min 2", "--tau_min 2.0: the temperature"),
+        ("--split_batch 8 --batch_size 4", "--split_batch 8: exceeds --batch_size 4"),
+        ("--decay 0", "--decay: '0' is not"),
+        ("--decay a-b", "--decay: 'a' is not"),
+        ("--data_range 5-1/1-2", "--data_range: '5-1/1-2' is not of the form 1-800/801-810"),
+        ("--data_range 1-2-3", "--data_range: '1-2-3' is not"),
+        ("--data_test Set5+", "--data_test: '' is not a name"),
+        ("--data_test A+A", "--data_test: 'A\\+A' is not a list of different sets"),
+        ("--data_test ../Set5", "--data_test: '../Set5' is not a name"),
+        ("--data_train ..", "--data_train: '..' is not a name"),
+        ("--cpu False", "unrecognized arguments: False"),
+        ("--cpu --device cuda", "--cpu: a GPU is requested too"),
+        ("--cpu --n_GPUs 1", "--cpu: a GPU is requested too"),
+        ("--n_GPUs 2", "--n_GPUs 2: only one process is running"),
+        ("--resume 3", "--resume: selects weights for --load NAME --test_only"),
+        ("--load a --resume 3", "--resume: selects weights for --load NAME --test_only"),
+        ("--load a --reset", "--reset: --load resumes a run"),
+        ("--load a --save b", "--load a: continues in experiment/a; leave --save b out"),
+        ("--load a --pre_train b.pt", "--pre_train: --load brings its own weights"),
+        ("--load a --template GAN", "--template: --load brings its own options"),
+        ("--dry_run --test_only", "--dry_run: is for training"),
+        ("--time_limit 0", "--time_limit: '0' is not"),
+        ("--ema 1", "--ema: '1' is not"),
+        ("--max_bad_steps 0", "--max_bad_steps: '0' is not"),
+        ("--save_results", "--save_results: is for tests; add --test_only"),
+        ("--save_masks", "--save_masks: is for tests; add --test_only"),
+        ("--self_ensemble", "--self_ensemble: is for tests; add --test_only"),
+        ("--chop", "--chop: is for tests; add --test_only"),
+        ("--save_masks --self_ensemble --test_only", "--save_masks: shows the masks of one pass"),
+        ("--save_masks --model EDSR --test_only", "--save_masks: EDSR has no masks"),
+        ("--data_test demo", "--data_test demo: has no HR images .* add --test_only"),
+        ("--data_test video", "--data_test video: has no HR images .* add --test_only"),
+        ("--data_test video+Set5 --test_only", "--data_test video: cannot be joined"),
+        ("--data_test video --test_only", "--data_test video: no file is given; name it with --dir_demo"),
+        ("--data_test video --test_only --dir_demo a.mp4 --save_masks", "--save_masks: is for images"),
+        ("--unknown", "unrecognized arguments: --unknown"),
+        ("--inference fast", "--inference: invalid choice: 'fast'"),
+        ("--inference sparse", "--inference sparse: is for tests; add --test_only"),
+        ("--inference sparse --test_only --model EDSR", "--inference sparse: EDSR has no masked work to skip"),
+        ("--template none", "--template: invalid choice"),
+        ("--ext zip", "--ext: invalid choice"),
+        ("--n_colors 2", "--n_colors: invalid choice"),
     ],
-)  # fmt: skip
-def test_mistakes_are_one_line_that_names_the_flag(line, said):
-    with pytest.raises(InputError, match=said) as error:
+)
+def test_mistakes_are_reported_in_one_line_that_names_the_flag(line, message):
+    with pytest.raises(InputError, match=f"^(argument )?{message}") as error:
         parse(line.split())
-    assert "\n" not in str(error.value)
+    assert "\n" not in error.value.for_command_line()
+    assert error.value.for_command_line() == str(error.value)  # with the flag once
 
 
-def test_schedules_that_are_not_given_are_in_proportion_to_the_epochs():
+def test_schedules_that_are_not_given_are_proportional_to_the_epochs():
     args = parse(["--epochs", "100"])
     assert (args.decay, args.tau_epochs, args.lambda_warmup) == ([20], 50, 5)
     args = parse(["--epochs", "100", "--decay", "200", "--lambda_warmup", "0"])
@@ -99,13 +159,17 @@ def test_schedules_that_are_not_given_are_in_proportion_to_the_epochs():
     assert parse(["--load", "a", "--epochs", "2000"], vars(parse([]))).decay == [200]
 
 
-def test_several_gpus_take_torchrun(monkeypatch):
+def test_several_gpus_need_torchrun(monkeypatch):
     with pytest.raises(InputError, match=r"torchrun --nproc_per_node=2 main\.py"):
         parse(["--n_GPUs", "2"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert parse(["--n_GPUs", "2"]).n_GPUs == 2
-    with pytest.raises(InputError, match="--n_GPUs 1, and 2 process"):
+    with pytest.raises(
+        InputError, match=r"--n_GPUs 1: 2 processes are running; start it with: torchrun --nproc_per_node=1"
+    ):
         parse(["--n_GPUs", "1"])
+    with pytest.raises(InputError, match="--data_test video: runs in a single process; start it without torchrun"):
+        parse(["--data_test", "video", "--test_only", "--dir_demo", "a.mp4"])
 
 
 def test_the_name_of_a_run():
@@ -114,6 +178,6 @@ def test_the_name_of_a_run():
     assert parse(["--load", "a", "--save", "a", "--resume", "-1"], {"save": "b", "n_threads": 0}).save == "a"
 
 
-def test_one_gpu_asked_for_means_cuda():
+def test_one_gpu_means_cuda():
     assert parse(["--n_GPUs", "1"]).device == "cuda"
     assert parse(["--cpu"]).device == "cpu"

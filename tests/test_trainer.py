@@ -1,4 +1,6 @@
+import dataclasses
 import functools
+import itertools
 import math
 import multiprocessing
 import random
@@ -8,12 +10,15 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import build_test_sets, build_train_loader
+from checkpoint import Experiment
+from data import DataSettings, PatchSettings, build_test_sets, build_train_loader
 from loss import build_loss
 from model.smsr import SMSR
-from trainer import Schedules, Trainer, build_optimizer, learning_rate, mask_histogram, sparsity_weight, temperature
-from utility import Experiment, InputError
+from trainer import Schedules, Trainer, TrainSettings, dry_run, learning_rate, sparsity_weight, temperature
+from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
+from utility import InputError
 
 # ---- schedules -------------------------------------------------------------------------------------------------------
 
@@ -40,47 +45,60 @@ def test_learning_rate_at_milestones():
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C as it is at a terminal, also where the tests run in the background and inherit that it is ignored."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, former)
+def test_schedules_combine_the_three():
+    schedules = Schedules(
+        lr=1.0, decay=(3,), gamma=0.1, tau_min=0.7, tau_epochs=10, lambda_sparsity=0.6, lambda_warmup=3
+    )
+    assert [schedules.at(epoch) for epoch in (1, 2, 4, 9)] == [
+        pytest.approx(expected) for expected in ((1, 1, 0), (1, 0.9, 0.2), (0.1, 0.7, 0.6), (0.01, 0.7, 0.6))
+    ]
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
+STEPS = 3  # per epoch
 
-def build_trainer(data, folder, name="run", seed=1, loss="1*L1", n_threads=0, batch_size=4, **options):
-    """A small but whole training."""
+
+def build_trainer(data, folder, name="run", seed=1, loss="1*L1", n_threads=0, batch_size=4, rgb_range=255, **settings):
+    """A small but complete training. `settings` are fields of StepSettings and TrainSettings."""
     torch.manual_seed(seed)
-    model = SMSR(2, n_feats=8, n_blocks=2, n_layers=2)
+    model = SMSR(2, n_feats=8, n_blocks=2, n_layers=2, rgb_range=rgb_range)
+    step_names = {field.name for field in dataclasses.fields(StepSettings)}
+    step_settings = StepSettings(**{key: value for key, value in settings.items() if key in step_names})
+    train_settings = TrainSettings(**{key: value for key, value in settings.items() if key not in step_names})
+    optimizer = build_optimizer(model.parameters(), OptimizerSettings(lr=1e-3))
+    data_settings = DataSettings(str(data), data_range=[(1, 3), (4, 4)])
+    patches = PatchSettings(patch_size=8, batch_size=batch_size, steps=STEPS, n_threads=n_threads)
     return Trainer(
-        model,
-        build_loss(loss),
-        build_optimizer("ADAM", model.parameters(), 1e-3),
-        build_train_loader(
-            ["Tiny"], data, 2, [(1, 3), (4, 4)], patch_size=8, batch_size=batch_size, steps=3, n_threads=n_threads
-        ),
-        build_test_sets(["Tiny"], data, 2, [(1, 3), (4, 4)]),
-        Experiment(name, folder),
-        Schedules(lr=1e-3, decay=(1,), tau_epochs=4, lambda_warmup=2),
-        **options,
+        TrainingStep(model, build_loss(loss, rgb_range=rgb_range), optimizer, step_settings),
+        loader=build_train_loader(["Tiny"], data_settings, patches),
+        test_sets=build_test_sets(["Tiny"], data_settings),
+        experiment=Experiment(name, folder),
+        schedules=Schedules(lr=1e-3, decay=(1,), tau_epochs=4, lambda_warmup=2),
+        settings=train_settings,
     )
 
 
 @pytest.fixture
 def build(make_set, tmp_path):
-    """`build_trainer` of runs in tmp_path."""
+    """`build_trainer` with runs in tmp_path."""
     return functools.partial(build_trainer, make_set(count=4), tmp_path / "experiment")
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt as at a terminal, even if the tests run in the background with it ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-def resumed(build, **options):
-    """A new process, as it were: other random states, everything from the checkpoint."""
+def resume(build, **options):
+    """A trainer as in a new process: other random numbers, everything else from the checkpoint."""
     fresh = build(seed=99, **options)
     state = fresh.experiment.load_checkpoint()
     fresh.model.load_state_dict(state["model"])
@@ -92,22 +110,57 @@ def without_seconds(history):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
 
-@pytest.mark.parametrize("loss", ["1*L1", "1*L1+0.1*GAN"])
-def test_one_and_one_epoch_are_bit_for_bit_two(build, loss):
-    whole = build("whole", loss=loss)
+def wrap_steps(trainer, after):
+    """Call after(result) after each step."""
+    train_step = trainer.train_step
+
+    def wrapped(*images):
+        result = train_step(*images)
+        after(result)
+        return result
+
+    trainer.train_step = wrapped
+
+
+def spy_on_forward(trainer):
+    """The list to which every forward pass of the training adds its LR images and temperature."""
+    seen = []
+    forward = trainer.model.training_forward
+    trainer.model.training_forward = lambda lr, tau: (seen.append((lr, float(tau))), forward(lr, tau))[1]
+    return seen
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [
+        ("1*L1", {}),
+        ("1*L1+0.1*GAN", {}),
+        ("1*L1", {"precision": torch.float16, "ema": 0.5, "split_batch": 2}),
+    ],
+)
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(build, loss, settings):
+    whole = build("whole", loss=loss, **settings)
     assert whole.fit(2)
-    half = build("half", loss=loss)
-    half.fit(1)
-    other = resumed(build, name="half", loss=loss)
-    assert other.epoch == 2
-    other.fit(2)
+    half = build("half", loss=loss, **settings)
+    assert half.fit(1)
+    other = resume(build, name="half", loss=loss, **settings)
+    assert (other.epoch, other.step) == (2, 0)
+    assert other.fit(2)
     assert torch.equal(weights(other), weights(whole))
     assert without_seconds(other.history) == without_seconds(whole.history)
+    for path in (whole.experiment.folder / "model").iterdir():
+        state = torch.load(path, weights_only=True)
+        resumed = torch.load(other.experiment.folder / "model" / path.name, weights_only=True)
+        assert state.keys() == resumed.keys()
+        assert all(torch.equal(resumed[key], value) for key, value in state.items())
 
 
 @pytest.fixture
 def one_thread():
-    """Sums are rounded alike only where as many threads share them."""
+    """Sums are rounded in the same way only if the same number of threads share them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -115,20 +168,20 @@ def one_thread():
 
 
 def train_on(data, folder, started):
-    """What a process does that is going to be killed."""
+    """What a process does that will be killed."""
     torch.set_num_threads(1)
     build = functools.partial(build_trainer, data, folder)
     trainer = build()
     trainer.experiment.folder.mkdir(parents=True, exist_ok=True)
-    if trainer.experiment.checkpoint.exists():
-        trainer = resumed(build)
-    with trainer.experiment.alone():
+    if trainer.experiment.checkpoint_path.exists():
+        trainer = resume(build)
+    with trainer.experiment.lock():
         started.set()
         trainer.fit(10**6)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9")
-def test_killed_twenty_times_a_run_goes_on_from_its_last_checkpoint(build, one_thread):
+def test_a_run_killed_twenty_times_resumes_from_its_last_checkpoint(build, one_thread):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer", "data", "loss", "matplotlib.backends.backend_agg", "torch._dynamo"])
     data, folder = build.args
@@ -142,12 +195,12 @@ def test_killed_twenty_times_a_run_goes_on_from_its_last_checkpoint(build, one_t
         assert started.wait(60)
         while attempt % 4 == 3 and experiment.load_checkpoint()["epoch"] == reached[0]:
             assert process.is_alive()
-            time.sleep(0.01)  # let it get ahead now and then
+            time.sleep(0.01)  # let it finish an epoch now and then
         time.sleep(rng.uniform(0, 0.8))
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL  # not of an error of its own
-        if experiment.checkpoint.exists():
+        assert process.exitcode == -signal.SIGKILL  # it did not end by an error of its own
+        if experiment.checkpoint_path.exists():
             state = experiment.load_checkpoint()
             assert (state["epoch"], state["step"]) >= reached
             reached = (state["epoch"], state["step"])
@@ -155,8 +208,8 @@ def test_killed_twenty_times_a_run_goes_on_from_its_last_checkpoint(build, one_t
         for path in experiment.folder.glob("model/*.pt"):
             torch.load(path, weights_only=True)
     epochs = reached[0]
-    last = resumed(build)
-    with last.experiment.alone():
+    last = resume(build)
+    with last.experiment.lock():
         assert not list(last.experiment.folder.rglob("*.tmp"))
         last.fit(epochs)
     whole = build("whole")
@@ -166,26 +219,20 @@ def test_killed_twenty_times_a_run_goes_on_from_its_last_checkpoint(build, one_t
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_an_interrupt_saves_and_the_run_goes_on_as_if_it_had_not_been(build, stop_after, interruptible):
+def test_an_interrupted_run_is_saved_and_resumes_as_if_uninterrupted(build, stop_after, interruptible):
     whole = build("whole")
     whole.fit(2)
     stopped = build("stopped")
-    train_step = stopped.train_step
-
-    def interrupted_step(*args):
-        train_step(*args)
-        if stopped.step + 1 == stop_after:
-            signal.raise_signal(signal.SIGINT)
-
-    stopped.train_step = interrupted_step
+    wrap_steps(stopped, lambda _: signal.raise_signal(signal.SIGINT) if stopped.step + 1 == stop_after else None)
     before = signal.getsignal(signal.SIGINT)
     assert not stopped.fit(2)
     assert signal.getsignal(signal.SIGINT) is before
     assert (stopped.epoch, stopped.step) == (1, stop_after)
-    other = resumed(build, name="stopped")
+    other = resume(build, name="stopped")
+    assert (other.epoch, other.step) == (1, stop_after)
     assert other.fit(2)
     assert torch.equal(weights(other), weights(whole))
-    assert other.history[0]["loss"] == whole.history[0]["loss"]
+    assert without_seconds(other.history) == without_seconds(whole.history)
 
 
 def test_a_second_interrupt_acts_at_once(build, interruptible):
@@ -193,60 +240,138 @@ def test_a_second_interrupt_acts_at_once(build, interruptible):
     trainer.train_step = lambda *args: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_what_a_run_leaves(build):
+def test_a_run_can_resume_from_its_very_start(build):
+    trainer = build()
+    trainer.train_step = lambda *args: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(1)
+    assert resume(build).fit(1)
+
+
+def test_a_deadline_stops_with_everything_saved(build):
+    trainer = build(deadline=0.0)
+    assert not trainer.fit(1)
+    assert (trainer.epoch, trainer.step) == (1, 1)
+    assert resume(build).step == 1
+
+
+def test_a_checkpoint_has_the_entries_of_version_0_1_0(build):
+    trainer = build(ema=0.5)
+    trainer.fit(1)
+    state = trainer.experiment.load_checkpoint()
+    assert state.keys() == {
+        *("model", "ema", "optimizer", "optimizer_name", "scaler", "criterion", "epoch", "step"),
+        *("names", "sums", "bad", "seconds", "mask_histogram", "history"),
+    }
+    assert (state["epoch"], state["step"], state["optimizer_name"]) == (2, 0, "Adam")
+    assert (state["sums"], state["bad"].tolist(), state["seconds"], state["mask_histogram"]) == (None, [0, 0], 0, {})
+    assert state["history"] == trainer.history
+    trainer = build("stopped", deadline=0.0)
+    trainer.fit(1)
+    state = trainer.experiment.load_checkpoint()
+    assert state["names"] == ["loss", "loss_L1", "active_1", "active_2", "grad_norm"]
+    assert state["sums"].shape == (6,)  # of the named values, and the number of good steps
+    assert state["sums"][-1] == 1
+
+
+def test_a_run_of_version_0_1_0_resumes(build):
+    """It wrote no settings of the network into a checkpoint."""
+    whole = build("whole", ema=0.5, rgb_range=1)
+    whole.fit(2)
+    old = build("old", ema=0.5, rgb_range=1)
+    old.fit(1)
+    state = old.experiment.load_checkpoint()
+    del state["model"]["rgb_range"], state["ema"]["module.rgb_range"]
+    old.experiment.save_checkpoint(state)
+    other = resume(build, name="old", ema=0.5, rgb_range=1)
+    other.fit(2)
+    assert torch.equal(weights(other), weights(whole))
+    assert without_seconds(other.history) == without_seconds(whole.history)
+    assert "module.rgb_range" in other.experiment.load_checkpoint()["ema"]
+
+
+def test_another_optimizer_or_loss_cannot_resume(build):
+    trainer = build("run", loss="L1")
+    trainer.fit(1)
+    with pytest.raises(InputError, match="no discriminator for 'GAN'") as caught:
+        resume(build, loss="L1+GAN")
+    assert caught.value.argument == "loss"
+    fresh = build()
+    fresh.take_step.optimizer = build_optimizer(fresh.model.parameters(), OptimizerSettings("SGD"))
+    with pytest.raises(InputError, match="the run uses Adam and cannot resume with SGD") as caught:
+        fresh.load_state(trainer.experiment.load_checkpoint())
+    assert caught.value.argument == "optimizer"
+
+
+# ---- the files of a run ----------------------------------------------------------------------------------------------
+
+
+def test_the_files_and_numbers_of_a_run(build):
     trainer = build(keep_all=True)
     trainer.fit(2)
     folder = trainer.experiment.folder
-    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert left == {
-        "checkpoint.pt", "log.csv", "loss.png", "psnr.png", "active_share.png", "masks.png",
-        "model/model_best.pt", "model/model_latest.pt", "model/model_1.pt", "model/model_2.pt",
-    }  # fmt: skip
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        *("checkpoint.pt", "log.csv", "loss.png", "psnr.png", "active_share.png", "masks.png"),
+        *(f"model/model_{which}.pt" for which in ("best", "latest", 1, 2)),
+    }
     assert [row["epoch"] for row in trainer.history] == [1, 2]
     assert [row["tau"] for row in trainer.history] == [1, 0.75]
     assert [row["lambda"] for row in trainer.history] == [0, 0.05]
     assert [row["lr"] for row in trainer.history] == [1e-3, 5e-4]
+    assert [row["skipped"] for row in trainer.history] == [0, 0]
     best = max(trainer.history, key=lambda row: row["psnr_rgb_Tiny"])["epoch"]
     kept = torch.load(trainer.experiment.weights_path("best"), weights_only=True)
     expected = torch.load(trainer.experiment.weights_path(best), weights_only=True)
     assert all(torch.equal(kept[key], expected[key]) for key in expected)
 
 
-def test_training_uses_the_temperature_of_the_schedule(build):
-    trainer = build()
-    seen = spy_on_forward(trainer)
-    trainer.fit(2)
-    assert [tau for _, tau in seen] == [1.0] * 3 + [0.75] * 3
-
-
-def spy_on_forward(trainer):
-    seen = []
-    forward = trainer.model.training_forward
-    trainer.model.training_forward = lambda lr, tau: (seen.append((lr, float(tau))), forward(lr, tau))[1]
-    return seen
-
-
-def test_every_epoch_sees_patches_of_its_own(build):
-    trainer = build()
-    seen = spy_on_forward(trainer)
-    trainer.fit(2)
-    assert len({lr.numpy().tobytes() for lr, _ in seen}) == 6
-
-
-@pytest.mark.parametrize("rgb_range", [1, 255])
-def test_the_network_sees_the_range_it_was_made_for(build, rgb_range):
-    trainer = build(rgb_range=rgb_range)
-    seen = spy_on_forward(trainer)
+def test_the_columns_of_the_log_keep_their_order(build):
+    trainer = build(ema=0.5)
     trainer.fit(1)
-    assert rgb_range / 2 < max(lr.max() for lr, _ in seen) <= rgb_range
+    header = (trainer.experiment.folder / "log.csv").read_text().splitlines()[0].split(",")
+    assert header == [
+        *("epoch", "lr", "tau", "lambda", "loss", "loss_L1", "active_1", "active_2", "grad_norm", "active"),
+        *("skipped", "seconds", "psnr_rgb_Tiny", "ssim_y_Tiny", "active_share_Tiny"),
+        *("psnr_rgb_Tiny_ema", "ssim_y_Tiny_ema", "active_share_Tiny_ema"),
+        *(f"mask_{index / 10}" for index in range(10)),
+    ]
 
 
-def test_discriminators_follow_the_learning_rate(build):
-    trainer = build(loss="L1+GAN")
+def test_an_epoch_reports_the_means_of_its_steps(build):
+    trainer = build()
+    results = []
+    wrap_steps(trainer, results.append)
     trainer.fit(2)
-    assert trainer.criterion.terms["GAN"].optimizer.param_groups[0]["lr"] == 5e-4
+    for row, first in zip(trainer.history, (0, STEPS), strict=True):
+        values = torch.stack([result.values for result in results[first : first + STEPS]]).mean(0)
+        expected = dict(zip(results[0].names, values.tolist(), strict=True))
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+        assert row["active"] == pytest.approx((row["active_1"] + row["active_2"]) / 2)
+        masks = torch.cat([m.flatten() for m in results[first + STEPS - 1].masks])
+        histogram = torch.histc(masks, bins=10, min=0, max=1) / len(masks)
+        assert [row[f"mask_{index / 10}"] for index in range(10)] == pytest.approx(histogram.tolist())
+
+
+def test_the_seconds_of_an_epoch_include_the_wait_for_the_device(build):
+    trainer = build()
+    read = trainer.means.skipped_steps
+    trainer.means.skipped_steps = lambda: (time.sleep(0.5), read())[1]  # reading a number is what waits
+    trainer.fit(1)
+    assert trainer.history[0]["seconds"] >= 0.5
+
+
+def test_the_seconds_of_an_epoch_include_those_before_an_interruption(build):
+    trainer = build(deadline=0.0)
+    wrap_steps(trainer, lambda _: time.sleep(0.5))
+    trainer.fit(1)
+    other = resume(build)
+    assert other.seconds >= 0.5
+    other.fit(1)
+    assert other.history[0]["seconds"] >= 0.5
 
 
 @pytest.mark.parametrize("values", [[30.0, 32.0, 31.0, 32.0], [math.nan, 30.0, math.nan, 29.0]])
@@ -259,12 +384,28 @@ def test_the_best_epoch_is_the_one_of_the_highest_psnr(build, monkeypatch, value
     assert all(torch.equal(best[key], second[key]) for key in best)
 
 
-def test_a_run_can_go_on_from_its_very_start(build):
-    trainer = build()
-    trainer.train_step = lambda *args: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        trainer.fit(1)
-    assert resumed(build).fit(1)
+def test_the_moving_average_of_the_weights(build):
+    average = None
+
+    def update(trainer):
+        nonlocal average
+        average = weights(trainer).clone() if average is None else (average + weights(trainer)) / 2
+
+    trainer = build(ema=0.5)
+    wrap_steps(trainer, lambda _: update(trainer))
+    trainer.fit(1)
+    other = resume(build, ema=0.5)
+    wrap_steps(other, lambda _: update(other))
+    other.fit(2)
+    kept = torch.load(other.experiment.weights_path("latest_ema"), weights_only=True)
+    kept = torch.cat([kept[name].flatten() for name, _ in other.model.named_parameters()])
+    torch.testing.assert_close(kept, average)
+    row = other.history[-1]
+    assert row["psnr_rgb_Tiny_ema"] != row["psnr_rgb_Tiny"]
+    assert other.experiment.weights_path("best_ema").exists()
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
 
 
 def test_training_lowers_the_loss(build):
@@ -272,107 +413,6 @@ def test_training_lowers_the_loss(build):
     trainer.schedules = Schedules(lr=1e-2)
     trainer.fit(10)
     assert trainer.history[-1]["loss"] < 0.9 * trainer.history[0]["loss"]
-
-
-def test_split_batch_gives_the_gradient_of_the_whole(build, monkeypatch):
-    gradients = []
-    for split in (1, 2, 3):
-        trainer = build(split_batch=split)
-        monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
-        # masks without noise, so that the parts of a batch see what the whole sees
-        monkeypatch.setattr("model.smsr.gumbel_softmax", lambda logits, tau, dim: (logits / tau).softmax(dim))
-        trainer.model.train()
-        seen = spy_on_forward(trainer)
-        lr = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
-        hr = lr.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        trainer.train_step(lr, hr, torch.tensor(1.0), torch.tensor(0.1))
-        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
-        means = trainer._means()
-        assert len(seen) == split
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-3, atol=1e-5)
-    assert means["loss"] == pytest.approx(means["loss_L1"] + 0.1 * means["active"], rel=1e-5)
-    assert means["active"] == pytest.approx((means["active_1"] + means["active_2"]) / 2)
-    assert means["grad_norm"] == pytest.approx(gradients[0].norm().item(), rel=1e-3)
-
-
-def test_gradients_are_clipped(build, monkeypatch):
-    trainer = build(gclip=1e-3)
-    seen = []
-    monkeypatch.setattr(
-        trainer.optimizer, "step", lambda: seen.append(max(p.grad.abs().max() for p in trainer.model.parameters()))
-    )
-    trainer.fit(1)
-    assert all(value <= 1e-3 for value in seen)
-    assert len(seen) == 3
-
-
-def step_on(trainer, value):
-    lr = torch.full((2, 3, 8, 8), value)
-    trainer.train_step(lr, torch.zeros(2, 3, 16, 16), torch.tensor(1.0), torch.tensor(0.1))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"precision": torch.float16},
-        {"split_batch": 2},
-        {"gclip": 1.0},
-    ],
-)
-@pytest.mark.parametrize("bad", [1e7, math.nan, math.inf])
-def test_a_batch_far_off_is_skipped_counted_and_told(build, bad, options, caplog):
-    trainer = build(**{"skip_threshold": 10} | options)
-    trainer.fit(1)
-    before, state = weights(trainer).clone(), str(trainer.optimizer.state_dict())
-    step_on(trainer, bad)
-    assert torch.equal(weights(trainer), before)
-    assert str(trainer.optimizer.state_dict()) == state
-    trainer._look()
-    assert "1 steps skipped" in caplog.text
-    assert math.isnan(trainer._means()["loss"])
-    step_on(trainer, 100.0)
-    assert not torch.equal(weights(trainer), before)
-    assert trainer.bad.tolist() == [1, 0]
-
-
-@pytest.mark.parametrize("kind", ["GAN", "WGAN", "WGAN_GP", "LSGAN", "RGAN"])
-def test_a_batch_that_is_not_finite_leaves_the_discriminator_as_it_was(build, kind):
-    trainer = build(loss=f"1*L1+0.1*{kind}")
-    (term,) = trainer.criterion._learning().values()
-    step = torch.zeros(2, 3, 16, 16), torch.rand(2, 3, 32, 32) * 255, torch.tensor(1.0), torch.tensor(0.1)
-    trainer.train_step(*step)
-    before = {key: value.clone() for key, value in term.discriminator.state_dict().items()}
-    state = str(term.optimizer.state_dict())
-    trainer.train_step(torch.full_like(step[0], math.nan), *step[1:])
-    assert all(torch.equal(value, before[key]) for key, value in term.discriminator.state_dict().items())
-    assert str(term.optimizer.state_dict()) == state
-    trainer.train_step(*step)
-    assert trainer.bad.tolist() == [1, 0]
-
-
-def test_an_epoch_without_a_good_step_does_not_end_the_run_for_good(build):
-    trainer = build()
-    trainer.fit(1)
-    trainer.history.append(trainer.history[0] | {"loss": math.nan})
-    step_on(trainer, 100.0)
-    assert trainer.bad.tolist() == [0, 0]
-
-
-def test_the_loss_scale_of_float16_does_not_come_from_another_precision(build):
-    build(precision=torch.bfloat16).fit(1)
-    assert resumed(build, precision=torch.float16).scaler.get_scale() == 2.0**16
-
-
-def test_nothing_but_bad_steps_end_the_run(build):
-    trainer = build(max_bad_steps=2)
-    trainer.fit(1)
-    checkpoint = trainer.experiment.checkpoint.read_bytes()
-    trainer.model.head[0].weight.data[0, 0, 0, 0] = math.nan
-    with pytest.raises(InputError, match=r"epoch 2, step 3: the last 3 steps .* --load run and a lower --lr"):
-        trainer.fit(2)
-    assert trainer.experiment.checkpoint.read_bytes() == checkpoint
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
@@ -388,129 +428,222 @@ def test_low_precision_trains_as_well_within_noise(build, precision):
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
-def test_noise_depends_on_seed_epoch_step_and_rank_alone(build, monkeypatch):
-    trainer = build()
-    seeds = {trainer._noise_seed()}
-    for name, value in (("seed", 2), ("epoch", 2), ("step", 1)):
-        before = getattr(trainer, name)
-        setattr(trainer, name, value)
-        seeds.add(trainer._noise_seed())
-        setattr(trainer, name, before)
-    monkeypatch.setattr("distributed.rank", lambda: 1)
-    seeds.add(trainer._noise_seed())
-    assert len(seeds) == 5
+def test_steps_follow_the_schedules(build, monkeypatch):
+    trainer = build(loss="L1+GAN")
+    seen, call = [], TrainingStep.__call__
 
+    def spy(step, *images, tau, lambda_, **options):
+        groups = step.optimizer.param_groups + step.criterion.terms["GAN"].optimizer.param_groups
+        seen.append((float(tau), float(lambda_), *(group["lr"] for group in groups)))
+        return call(step, *images, tau=tau, lambda_=lambda_, **options)
 
-def test_the_moving_average_of_the_weights(build):
-    average = None
-
-    def spied(trainer):
-        step = trainer.train_step
-
-        def train_step(*args):
-            nonlocal average
-            step(*args)
-            average = weights(trainer).clone() if average is None else (average + weights(trainer)) / 2
-
-        trainer.train_step = train_step
-        return trainer
-
-    trainer = spied(build(ema=0.5))
-    trainer.fit(1)
-    trainer = spied(resumed(build, ema=0.5))
+    monkeypatch.setattr(TrainingStep, "__call__", spy)
+    forwards = spy_on_forward(trainer)
     trainer.fit(2)
-    kept = torch.load(trainer.experiment.weights_path("latest_ema"), weights_only=True)
-    kept = torch.cat([kept[name].flatten() for name, _ in trainer.model.named_parameters()])
-    torch.testing.assert_close(kept, average)
-    row = trainer.history[-1]
-    assert row["psnr_rgb_Tiny_ema"] != row["psnr_rgb_Tiny"]
-    assert trainer.experiment.weights_path("best_ema").exists()
+    first, second = (1.0, 0.0, 1e-3, 1e-3), (0.75, 0.05, 5e-4, 5e-4)
+    assert seen == [pytest.approx(first)] * STEPS + [pytest.approx(second)] * STEPS
+    assert [tau for _, tau in forwards] == [1.0] * STEPS + [0.75] * STEPS
 
 
-def test_a_deadline_stops_with_everything_saved(build):
-    trainer = build(deadline=0.0)
-    assert not trainer.fit(1)
-    assert (trainer.epoch, trainer.step) == (1, 1)
-    assert resumed(build).step == 1
+def test_every_step_sees_other_patches(build):
+    trainer = build()
+    seen = spy_on_forward(trainer)
+    trainer.fit(2)
+    assert len({lr.numpy().tobytes() for lr, _ in seen}) == 2 * STEPS
 
 
-def test_mask_histogram():
-    masks = [torch.full((1, 1, 2, 2), 0.05), torch.tensor([0.0, 1.0, 0.95, 0.55]).view(1, 1, 2, 2)]
-    histogram = mask_histogram(masks)
-    assert list(histogram) == [f"mask_{index / 10}" for index in range(10)]
-    assert [histogram[f"mask_{edge}"] for edge in (0.0, 0.5, 0.9)] == [5 / 8, 1 / 8, 2 / 8]
+@pytest.mark.parametrize("rgb_range", [1, 255])
+def test_the_network_gets_images_in_its_own_range(build, rgb_range):
+    trainer = build(rgb_range=rgb_range)
+    seen = spy_on_forward(trainer)
+    trainer.fit(1)
+    assert rgb_range / 2 < max(lr.max() for lr, _ in seen) <= rgb_range
 
 
-def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(build):
+def record_options(trainer):
+    """What train_step passes on as keyword arguments, without taking a step."""
+    trainer.take_step = lambda lr, hr, **options: options
+    return trainer.train_step(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
+
+
+def test_the_noise_depends_on_seed_epoch_step_and_rank_alone(build, monkeypatch):
+    global_seeds = itertools.count()
+
+    def noise_seed(**place):
+        trainer = build(seed=next(global_seeds))  # the global random state has no influence
+        trainer.settings = TrainSettings(seed=place.pop("seed", 1))
+        for name, value in place.items():
+            setattr(trainer, name, value)
+        return record_options(trainer)["noise_seed"]
+
+    seeds = [noise_seed(), noise_seed(seed=2), noise_seed(epoch=2), noise_seed(step=1)]
+    assert seeds == [noise_seed(), noise_seed(seed=2), noise_seed(epoch=2), noise_seed(step=1)]
+    monkeypatch.setattr("distributed.rank", lambda: 1)
+    seeds.append(noise_seed())
+    assert len(set(seeds)) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)  # what torch.manual_seed accepts
+
+
+@pytest.mark.parametrize(
+    ("losses", "largest"),
+    [
+        ([], math.inf),
+        ([3.0], 30),
+        ([4.0, 3.0], 30),
+        ([3.0, math.nan, math.inf], 30),
+        ([-3.0], 30),
+        ([math.nan], math.inf),
+    ],
+)
+def test_the_largest_loss_is_relative_to_the_last_finite_one(build, losses, largest):
+    trainer = build(skip_threshold=10)
+    trainer.history = [{"loss": loss} for loss in losses]
+    assert record_options(trainer)["largest_loss"] == largest
+
+
+class NoReading(TorchDispatchMode):
+    """Forbids what waits for the device: to read a number from a tensor, or to copy one to the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+        return function(*args, **kwargs or {})
+
+
+def test_steps_between_two_updates_of_the_display_do_not_wait_for_the_device(build):
+    trainer = build()
+    trainer.fit(1)
+    batch = next(iter(trainer.loader))
+    with NoReading():
+        for _ in range(2):
+            result = trainer.train_step(*batch)
+            trainer.means.add(result.names, result.values, result.is_good)
+    assert trainer.means.sums[-1] == 2
+    for waiting in (lambda: float(trainer.means.sums[-1]), lambda: torch.tensor(0.5)):
+        with pytest.raises(AssertionError), NoReading():
+            waiting()
+
+
+# ---- skipped steps ---------------------------------------------------------------------------------------------------
+
+
+def disturb(trainer, place, factor):
+    """Multiply the SR images of the step at `place`, (epoch, step), by a factor."""
+    forward = trainer.model.training_forward
+
+    def disturbed(lr, tau):
+        sr, masks = forward(lr, tau)
+        return sr * (factor if (trainer.epoch, trainer.step) == place else 1), masks
+
+    trainer.model.training_forward = disturbed
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": torch.float16}, {"split_batch": 2}, {"gclip": 1.0}])
+@pytest.mark.parametrize("factor", [1e7, math.nan, math.inf])
+def test_a_bad_batch_is_skipped_counted_and_logged(build, factor, settings, caplog):
+    trainer = build(**{"skip_threshold": 10, "print_every": 1} | settings)
+    trainer.fit(1)
+    disturb(trainer, (2, 1), factor)
+    caplog.clear()
+    results, kept, states = [], [], []
+    wrap_steps(trainer, results.append)
+    wrap_steps(trainer, lambda _: kept.append(weights(trainer)))
+    wrap_steps(trainer, lambda _: states.append(str(trainer.take_step.optimizer.state_dict())))
+    trainer.fit(2)
+    assert [bool(result.is_good) for result in results] == [True, False, True]
+    assert torch.equal(kept[1], kept[0])
+    assert states[1] == states[0]
+    assert not torch.equal(kept[2], kept[1])
+    skips = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert len(skips) == 1
+    assert skips[0].startswith("epoch 2, step 2: 1 steps skipped, because")
+    row = trainer.history[1]
+    assert row["skipped"] == 1
+    expected = (results[0].values + results[2].values) / 2
+    assert [row[name] for name in results[0].names] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert trainer.means.skipped.tolist() == [0, 0]
+
+
+def test_skipped_steps_are_logged_together(build, caplog):
+    trainer = build(print_every=STEPS)
+    disturb(trainer, (1, 0), math.nan)
+    disturb(trainer, (1, 1), math.nan)
+    trainer.fit(1)
+    assert "epoch 1, step 3: 2 steps skipped" in caplog.text
+    assert trainer.history[0]["skipped"] == 2
+
+
+def test_an_epoch_without_a_good_step_does_not_end_the_run(build):
+    trainer = build()
+    for step in range(STEPS):
+        disturb(trainer, (2, step), math.nan)
+    assert trainer.fit(3)
+    assert math.isnan(trainer.history[1]["loss"])
+    assert [row["skipped"] for row in trainer.history] == [0, STEPS, 0]
+    assert math.isfinite(trainer.history[2]["loss"])
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(build):
+    trainer = build(max_bad_steps=2)
+    trainer.fit(1)
+    checkpoint = trainer.experiment.checkpoint_path.read_bytes()
+    trainer.model.head[0].weight.data[0, 0, 0, 0] = math.nan
+    message = (
+        r"epoch 2, step 3: the last 3 steps were skipped, .*; lower the learning rate and resume with: .* --load run$"
+    )
+    with pytest.raises(InputError, match=message) as caught:
+        trainer.fit(2)
+    assert caught.value.argument == "max_bad_steps"
+    assert trainer.experiment.checkpoint_path.read_bytes() == checkpoint
+
+
+def test_bad_steps_in_a_row_are_counted_across_an_interruption(build):
+    trainer = build(max_bad_steps=2, print_every=1, deadline=0.0)
+    disturb(trainer, (1, 0), math.nan)
+    trainer.fit(1)
+    other = resume(build, max_bad_steps=2, print_every=1)
+    disturb(other, (1, 1), math.nan)
+    with pytest.raises(InputError, match="epoch 1, step 2: the last 2 steps were skipped"):
+        other.fit(1)
+
+
+# ---- failures and the dry run ----------------------------------------------------------------------------------------
+
+
+def test_a_failing_disk_is_reported_with_the_command_to_resume(build, monkeypatch):
+    trainer = build()
+    trainer.fit(1)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device", "log.csv")
+
+    monkeypatch.setattr("trainer.write_history", fail)
+    with pytest.raises(
+        InputError, match=r"^log\.csv: No space left on device; fix it, then resume with: .* --load run$"
+    ):
+        trainer.fit(2)
+
+
+def test_a_broken_image_is_reported_with_the_command_to_resume(build, monkeypatch):
+    trainer = build()
+    trainer.fit(1)
+
+    def fail(*_):
+        raise InputError("a.png: broken", "ext")
+
+    monkeypatch.setattr("data.srdata.Patches.__getitem__", fail)
+    with pytest.raises(InputError, match=r"^a\.png: broken; then resume with: .* --load run$") as caught:
+        trainer.fit(2)
+    assert caught.value.argument == "ext"
+
+
+def test_a_dry_run_reports_what_a_run_costs_and_writes_nothing(build):
     trainer = build("dry")
-    lines = trainer.dry_run(2)
-    assert "patches of 8x8 pixels, x2, 3 batches an epoch" in lines[1]
+    lines = dry_run(trainer, 2)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    assert lines[0] == f"SMSR: {parameters:,} parameters, cpu"
+    assert lines[1] == "per batch: 4 patches of 8x8 pixels, x2"
+    assert lines[2] == "per epoch: 3 batches, cut from 3 images"
+    assert lines[3].startswith("time per step: ")
+    assert lines[4].startswith("peak memory: ")
     assert lines[-1].startswith("2 epochs: about 0.0 hours")
     assert not trainer.experiment.folder.exists()
-
-
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-
-
-@needs_compiler
-def test_a_compiled_training_gives_the_same_gradient(build, monkeypatch):
-    monkeypatch.setattr("model.smsr.gumbel_softmax", lambda logits, tau, dim: (logits / tau).softmax(dim))
-    gradients = []
-    for compiled in (False, True):
-        trainer = build(compile=compiled)
-        monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
-        trainer.model.train()
-        for tau in (1.0, 0.5):
-            lr = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
-            trainer.train_step(lr, torch.zeros(4, 3, 16, 16), torch.tensor(tau), torch.tensor(0.1))
-            gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
-    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(gradients[1], gradients[3], rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(gradients[0], gradients[1])
-
-
-@needs_compiler
-def test_compiled_16_bit_gradients_stay_finite(build, monkeypatch):
-    monkeypatch.setattr("model.smsr.gumbel_softmax", lambda logits, tau, dim: (logits / tau).softmax(dim))
-    model = SMSR(2, n_blocks=1).train()
-    lr = torch.rand(2, 3, 16, 16) * 255
-    gradients = []
-    for compiled in (False, True):
-        trainer = Trainer(
-            model, build_loss("1*L1"), build_optimizer("SGD", model.parameters(), 1e-30), None, [], None, Schedules(),
-            precision=torch.bfloat16, compile=compiled,
-        )  # fmt: skip
-        trainer.train_step(lr, torch.zeros(2, 3, 32, 32), torch.tensor(0.7), torch.tensor(0.1))
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert gradients[1].isfinite().all()
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
-
-
-def test_optimizers():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    for name, kind in (("ADAM", torch.optim.Adam), ("SGD", torch.optim.SGD), ("RMSprop", torch.optim.RMSprop)):
-        optimizer = build_optimizer(name, [parameter], 0.1, (0.5, 0.6), 1e-3, 0.7, 0.01)
-        assert type(optimizer) is kind
-        assert optimizer.param_groups[0]["weight_decay"] == 0.01
-    with pytest.raises(InputError, match="ADAM, SGD, RMSprop"):
-        build_optimizer("LION", [parameter], 0.1)
-
-
-def test_another_optimizer_or_loss_cannot_go_on(build):
-    trainer = build("run", loss="L1")
-    trainer.fit(1)
-    with pytest.raises(InputError, match="--loss"):
-        resumed(build, loss="L1+GAN")
-    fresh = build()
-    fresh.optimizer = build_optimizer("SGD", fresh.model.parameters(), 0.1)
-    with pytest.raises(InputError, match="the run has Adam"):
-        fresh.load_state(trainer.experiment.load_checkpoint())
-
-
-def test_options_of_the_optimizer_are_those_asked_for(build):
-    trainer = build()
-    trainer.fit(1)
-    fresh = build()
-    fresh.optimizer = build_optimizer("ADAM", fresh.model.parameters(), 0.1, weight_decay=0.5)
-    fresh.load_state(trainer.experiment.load_checkpoint())
-    assert fresh.optimizer.param_groups[0]["weight_decay"] == 0.5

@@ -4,27 +4,125 @@ import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from utility import (
-    Experiment,
+    INTERRUPTED,
     InputError,
-    free_in_cgroup,
     free_memory,
+    free_memory_in_cgroup,
     in_parallel,
-    logger,
+    is_out_of_memory,
+    measure_once,
+    peak_memory,
     pick_device,
     remove_unfinished,
+    run_program,
     save_torch,
+    seconds_of,
     write_json,
-    write_options,
     write_whole,
 )
 
+CPU = torch.device("cpu")
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+
+def test_an_error_with_an_argument_names_its_flag_on_the_command_line_only():
+    error = InputError("no such network 'X'; there are SMSR, EDSR", argument="model")
+    assert str(error) == "no such network 'X'; there are SMSR, EDSR"
+    assert error.for_command_line() == "--model: no such network 'X'; there are SMSR, EDSR"
+    error = InputError("a.png: no such file; check the path")
+    assert error.argument is None
+    assert error.for_command_line() == str(error) == "a.png: no such file; check the path"
+
+
+def test_an_error_of_a_worker_process_is_reduced_to_its_message():
+    text = "Caught InputError in DataLoader worker process 0.\nTraceback ...\nutility.InputError: a.png: broken\n"
+    assert str(InputError(text)) == "a.png: broken"
+
+
+class Data(torch.utils.data.Dataset):
+    """A data set in which every image is broken."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise InputError("a.png: broken; remove it", argument="dir_data")
+
+
+def test_an_error_survives_the_way_from_a_real_worker_process():
+    with pytest.raises(InputError) as error:
+        next(iter(torch.utils.data.DataLoader(Data(), num_workers=1)))
+    assert str(error.value) == "a.png: broken; remove it"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("a.png: broken; remove it"), "error: a.png: broken; remove it"),
+        (
+            InputError("no such loss 'L3'; there are L1", argument="loss"),
+            "error: --loss: no such loss 'L3'; there are L1",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a.png"), "error: a.png: No such file"),
+        (MemoryError(), "error: out of memory; use a smaller --batch_size"),
+        (RuntimeError("CUDA out of memory."), "error: out of memory; use a smaller --batch_size"),
+    ],
+)
+def test_a_program_reports_mistakes_in_one_line_and_exits_with_2(error, line, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exited:
+        run_program(main)
+    assert exited.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(line)
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), OSError("bug"), ValueError("bug")])
+def test_a_program_does_not_hide_its_own_bugs(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error), match="bug"):
+        run_program(main)
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, None), (0, 0), (INTERRUPTED, INTERRUPTED)])
+def test_a_program_exits_with_what_it_returns(returned, code):
+    with pytest.raises(SystemExit) as exited:
+        run_program(lambda: returned)
+    assert exited.value.code == code
+
+
+def test_an_interrupted_program_exits_with_130(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exited:
+        run_program(main)
+    assert exited.value.code == INTERRUPTED == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_out_of_memory_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60)
+    assert is_out_of_memory(error.value)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     write_whole(tmp_path / "file", b"old")
 
     def fail(_):
@@ -37,7 +135,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_json_is_strict(tmp_path):
+def test_json_files_are_strict(tmp_path):
     write_json(tmp_path / "a.json", {"a": [math.inf, math.nan, 1.5]})
 
     def refuse(name):
@@ -46,90 +144,50 @@ def test_json_is_strict(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse) == {"a": ["inf", None, 1.5]}
 
 
-def test_options_round_trip_and_mark_what_differs(tmp_path):
-    run = Experiment("run", tmp_path)
-    run.start()
-    path = run.folder / "options.json"
-    with pytest.raises(InputError, match=r"options\.json is not there"):
-        run.load_options()
-    write_options(path, {"lr": 2e-4, "decay": [100]}, {"lr": 2e-4, "decay": [200]})
-    assert json.loads(path.read_text())["changed"] == {"decay": [100]}
-    assert run.load_options() == {"lr": 2e-4, "decay": [100]}
-    path.write_text("[")
-    with pytest.raises(InputError, match=r"options\.json is not there or broken"):
-        run.load_options()
+def test_files_of_tensors_round_trip(tmp_path):
+    value = {"a": torch.arange(3), "b": [1, 2.5, None]}
+    save_torch(tmp_path / "folder/a.pt", value)
+    loaded = torch.load(tmp_path / "folder/a.pt", weights_only=True)
+    assert torch.equal(loaded["a"], value["a"])
+    assert loaded["b"] == value["b"]
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a.pt"]
 
 
-def test_a_log_ends_with_its_run(tmp_path, caplog):
-    run = Experiment("run", tmp_path)
-    run.start()
-    caplog.set_level("INFO")
-    with run.logging():
-        logger.info("within")
-    logger.info("after")
-    text = (run.folder / "log.txt").read_text()
-    assert "within" in text
-    assert "after" not in text
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "../up", "a/b", "a\\b", "/root", "~"])
-def test_a_run_has_a_plain_name(name, tmp_path):
-    with pytest.raises(InputError, match="names no run"):
-        Experiment(name, tmp_path)
-
-
-def test_a_run_is_not_overwritten_and_reset_deletes_it_alone(tmp_path):
-    other = Experiment("other", tmp_path)
-    other.start()
-    run = Experiment("run", tmp_path)
-    run.start()
-    run.start()  # empty: nothing to lose
-    (run.folder / "notes").write_text("")
-    with pytest.raises(InputError, match="already; --reset"):
-        run.start()
-    run.save_checkpoint({})
-    with pytest.raises(InputError, match="--load run goes on"):
-        run.start()
-    assert (run.folder / "notes").exists()
-    with pytest.raises(InputError, match="--reset would delete"):
-        run.check_start(reset=True, keep=str(run.folder / "notes"))
-    run.start(reset=True)
-    assert list(run.folder.iterdir()) == []
-    assert other.folder.is_dir()
-
-
-def test_a_broken_checkpoint_is_named(tmp_path):
-    run = Experiment("run", tmp_path)
-    with pytest.raises(InputError, match="no run to continue"):
-        run.load_checkpoint()
-    state = {"epoch": 3, "model": {}, "optimizer": {}}
-    save_torch(run.folder / "checkpoint.pt", state)
-    assert run.load_checkpoint() == state
-    save_torch(run.folder / "checkpoint.pt", {"head.0.weight": torch.zeros(1)})
-    with pytest.raises(InputError, match="no checkpoint of a run"):
-        run.load_checkpoint()
-    (run.folder / "checkpoint.pt").write_bytes(b"broken")
-    with pytest.raises(InputError, match=r"--pre_train .*model_latest"):
-        run.load_checkpoint()
-
-
-def test_history_is_written_as_a_table_and_as_curves(tmp_path):
-    run = Experiment("run", tmp_path)
-    history = [{"epoch": 1, "loss": 2.0, "active": 0.9}, {"epoch": 2, "loss": 1.0, "active": 0.8, "psnr_y_Set5": 30.0}]
-    run.write_history(history)
-    lines = (run.folder / "log.csv").read_text().splitlines()
-    assert lines == ["epoch,loss,active,psnr_y_Set5", "1,2,0.9,", "2,1,0.8,30"]
-    assert all((run.folder / f"{name}.png").stat().st_size > 1000 for name in ("loss", "psnr", "active_share"))
-
-
-def test_devices():
-    assert pick_device("cpu") == torch.device("cpu")
+def test_devices_are_found_by_name():
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
     for name in ("cuda:99", "nonsense"):
-        with pytest.raises(InputError, match=f"--device {name}"):
+        with pytest.raises(InputError, match=f"no such device '{name}' on this machine; use cpu or auto") as error:
             pick_device(name)
+        assert error.value.argument == "device"
+        assert error.value.for_command_line().startswith("--device: ")
 
 
-def test_work_in_parallel_keeps_its_order_and_the_first_error_ends_it():
+def test_a_measurement_is_made_once_per_key():
+    calls = []
+
+    def measure():
+        time.sleep(0.01)
+        calls.append(1)
+        return len(calls)
+
+    key = ("test_utility", object())
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda _: measure_once(key, measure), range(8))) == [1] * 8
+    assert measure_once(("test_utility", object()), measure) == 2
+
+
+def test_a_call_is_timed_in_seconds():
+    assert 0.05 <= seconds_of(lambda: time.sleep(0.05), CPU) < 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="compares with what Linux reports")
+def test_peak_memory_is_in_bytes():
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    assert peak_memory(CPU) == pytest.approx(1024 * int(status["VmHWM"].split()[0]), rel=0.1)
+
+
+def test_parallel_results_keep_their_order_and_the_first_error_ends_the_work():
     assert in_parallel(lambda value: value**2, [3, 1, 2], 3, "squares") == [9, 1, 4]
     assert in_parallel(str, [], 2, "nothing") == []
     done = []
@@ -145,23 +203,12 @@ def test_work_in_parallel_keeps_its_order_and_the_first_error_ends_it():
     assert len(done) < 50
 
 
-def test_a_run_that_goes_on_removes_what_killed_ones_left(tmp_path):
-    experiment = Experiment("run", tmp_path)
-    left = [experiment.folder / ".checkpoint.pt.1.tmp", experiment.folder / "model/.model_best.pt.1.tmp"]
-    kept = [experiment.folder / "checkpoint.pt", experiment.folder / "results-Set5-x2/.img_x2_SR.png.2.tmp"]
-    for path in left + kept:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    with experiment.alone():
-        assert [path.exists() for path in left + kept] == [False, False, True, True]
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports it")
+def test_free_memory_is_in_bytes():
+    assert 2**20 < free_memory(CPU) < 2**50
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="nobody tells")
-def test_free_memory_is_some_of_what_the_machine_has():
-    assert 2**20 < free_memory(torch.device("cpu")) < 2**50
-
-
-def test_free_memory_heeds_the_limits_of_all_groups(tmp_path):
+def test_free_memory_obeys_the_limits_of_all_parent_groups(tmp_path):
     own = tmp_path / "cgroup"
     own.write_text("1:name=systemd:/\n0::/job/step\n")
     job, step = tmp_path / "job", tmp_path / "job/step"
@@ -170,14 +217,22 @@ def test_free_memory_heeds_the_limits_of_all_groups(tmp_path):
         (folder / "memory.max").write_text(limit + "\n")
         (folder / "memory.current").write_text("700\n")
         (folder / "memory.stat").write_text("anon 600\ninactive_file 100\n")
-    assert free_in_cgroup(tmp_path, own) == 400
+    assert free_memory_in_cgroup(tmp_path, own) == 400
     (job / "memory.max").write_text("max")
-    assert free_in_cgroup(tmp_path, own) == math.inf
-    assert free_in_cgroup(tmp_path, tmp_path / "absent") == math.inf
+    assert free_memory_in_cgroup(tmp_path, own) == math.inf
+    assert free_memory_in_cgroup(tmp_path, tmp_path / "absent") == math.inf
 
 
-def test_an_unfinished_file_may_vanish(tmp_path):
+def test_unfinished_files_are_removed_even_if_one_vanishes(tmp_path):
     (tmp_path / ".a.tmp").symlink_to("absent")
     (tmp_path / ".b.tmp").touch()
     remove_unfinished(tmp_path)
     assert not (tmp_path / ".b.tmp").exists()
+
+
+def test_young_unfinished_files_can_be_kept(tmp_path):
+    for name in (".old.tmp", ".young.tmp", "file.tmp"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".old.tmp", (0, 0))
+    remove_unfinished(tmp_path, seconds=3600)
+    assert {path.name for path in tmp_path.iterdir()} == {".young.tmp", "file.tmp"}

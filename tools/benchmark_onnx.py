@@ -1,83 +1,105 @@
-"""Time the exported networks in ONNX Runtime against PyTorch, on the CPU: sparse and dense, in both.
+"""Compare the time of exported networks in ONNX Runtime with PyTorch on the CPU, sparse and masked dense.
 
     python tools/benchmark.py onnx --pre_train WEIGHTS --images DIR --json out.json
 
-All four give the same image and run in turns in one process; times are medians. The dense ones multiply what the masks
-deny by zero (--mode dense of tools/export_onnx.py, --inference dense of main.py).
+All four calls return the same image. They run in one process and take turns; times are medians in milliseconds.
+"dense" is the masked dense computation: --mode dense of tools/export_onnx.py and --inference dense of main.py compute
+everything and then apply the masks.
 
-    speedup    ONNX dense / ONNX sparse
-    of_native  PyTorch sparse / ONNX sparse: 1 where both are as quick
+    onnx_sparse, onnx_dense      the exported graphs in ONNX Runtime
+    native_sparse, native_dense  the network in PyTorch
+    speedup                      onnx_dense / onnx_sparse
+    of_native                    native_sparse / onnx_sparse: above 1 if ONNX Runtime is faster than PyTorch
 """
 
 import argparse
 import functools
 import statistics
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from model import load_model
-from model.portable import MODES
-from option import Parser
-from tools.benchmark import CHANNELS_LAST, add_common, read_images, timed
-from tools.export_onnx import export
+from model.onnx import GRAPH_MODES, export
+from model.smsr import SMSR
+from tools.benchmark_inference import add_image_arguments, read_images
+from tools.timing import timed
 from utility import InputError, write_json
 
-try:
-    import onnxruntime
-except ImportError:
-    onnxruntime = None
-
 COLUMNS = ("onnx_sparse", "onnx_dense", "native_sparse", "native_dense")
+RATIOS = ("speedup", "of_native")
 
 
-def parse(argv):
-    parser = Parser(prog="benchmark.py onnx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common(parser)
-    return parser.parse_args(argv)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_image_arguments(parser)
 
 
-def measure(args):
-    """The report, a dict as it is written. Raises InputError without onnxruntime."""
-    if onnxruntime is None:
-        raise InputError("onnxruntime is not installed; pip install -r requirements-deploy.txt")
-    model = load_model(args.pre_train, "SMSR").to(memory_format=CHANNELS_LAST)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads wait on PyTorch's time
-    sessions = {}
-    for mode in MODES:
-        graph = export(model, mode, "float").SerializeToString()
-        sessions[mode] = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    images = []
-    for name, x in tqdm(read_images(args, model.mean.shape[1]).items(), desc="images", leave=False):
-        x = x.to(memory_format=CHANNELS_LAST)
-        fed = {"image": x.permute(0, 2, 3, 1).contiguous().numpy()}
-        runs = {f"onnx_{mode}": functools.partial(sessions[mode].run, ["sr"], fed) for mode in MODES}
-        runs |= {f"native_{mode}": functools.partial(model.inference, x, mode) for mode in MODES}
-        times = timed(runs, x.device, args.repeats)
-        row = {"name": name, "lr_shape": list(x.shape[2:])} | {f"{key}_ms": times[key] for key in COLUMNS}
-        row["speedup"] = times["onnx_dense"] / times["onnx_sparse"]
-        row["of_native"] = times["native_sparse"] / times["onnx_sparse"]
-        images.append(row)
-    report = {"threads": torch.get_num_threads(), "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
-    report["images"] = images
-    for key in ("speedup", "of_native"):
-        report[f"geomean_{key}"] = statistics.geometric_mean(row[key] for row in images)
-    return report
-
-
-def main(argv):
-    args = parse(argv)
+def run(args: argparse.Namespace) -> None:
+    """Measure, print a table, and write the results where --json asks for it. Raises InputError without onnxruntime."""
+    try:
+        import onnxruntime  # an optional package
+    except ImportError:
+        raise InputError("onnxruntime is not installed; pip install -r requirements-deploy.txt") from None
     if args.threads:
         torch.set_num_threads(args.threads)
-    report = measure(args)
-    width = max(14, *(len(row["name"]) for row in report["images"]))
-    print(f"{'LR image':{width}}" + "".join(f" {key:>14}" for key in (*COLUMNS, "speedup", "of_native")))
-    for row in report["images"]:
-        times = "".join(f" {row[f'{key}_ms']:14.1f}" for key in COLUMNS)
-        print(f"{row['name']:{width}}{times} {row['speedup']:14.2f} {row['of_native']:14.2f}")
-    blank = " " * 15 * len(COLUMNS)
-    print(f"{'geometric mean':{width}}{blank} {report['geomean_speedup']:14.2f} {report['geomean_of_native']:14.2f}")
+    model = load_model(args.pre_train, "SMSR").to(memory_format=torch.channels_last)
+    sessions = build_sessions(model)
+    images = [
+        {"name": name, **measure(model, sessions, image, args.repeats)}
+        for name, image in tqdm(read_images(args, model.n_colors).items(), desc="images", leave=False)
+    ]
+    report = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "images": images,
+    }
+    for key in RATIOS:
+        report[f"geomean_{key}"] = statistics.geometric_mean(row[key] for row in images)
+    print("\n".join(table(report)))
     if args.json:
         write_json(args.json, report)
+
+
+def build_sessions(model: SMSR) -> dict[str, object]:
+    """{mode of the graph: onnxruntime.InferenceSession}, with as many threads as PyTorch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # By default, waiting threads of a session would keep the cores busy while PyTorch is timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    sessions = {}
+    for mode in GRAPH_MODES:
+        graph = export(model, mode, "float").SerializeToString()
+        sessions[mode] = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return sessions
+
+
+def measure(model: SMSR, sessions: dict[str, object], image: np.ndarray, repeats: int) -> dict[str, object]:
+    """The results for an image, uint8 (H, W, n_colors); see the top of this file for the keys."""
+    x = model.to_input(image[None])
+    inputs = {"image": image[None].astype(np.float32)}
+    calls = {f"onnx_{mode}": functools.partial(sessions[mode].run, ["sr"], inputs) for mode in GRAPH_MODES}
+    calls |= {f"native_{mode}": functools.partial(model.inference, x, mode) for mode in GRAPH_MODES}
+    times = timed(calls, x.device, repeats)
+    return {
+        "lr_shape": list(x.shape[2:]),
+        **{f"{column}_ms": times[column] for column in COLUMNS},
+        "speedup": times["onnx_dense"] / times["onnx_sparse"],
+        "of_native": times["native_sparse"] / times["onnx_sparse"],
+    }
+
+
+def table(report: dict[str, object]) -> list[str]:
+    """The lines that show a report: a header, one row per image, and the geometric means."""
+    width = max(14, *(len(row["name"]) for row in report["images"]))
+    lines = [f"{'LR image':{width}}" + "".join(f" {key:>14}" for key in (*COLUMNS, *RATIOS))]
+    for row in report["images"]:
+        times = "".join(f" {row[f'{column}_ms']:14.1f}" for column in COLUMNS)
+        lines.append(f"{row['name']:{width}}{times}" + "".join(f" {row[key]:14.2f}" for key in RATIOS))
+    blank = " " * 15 * len(COLUMNS)
+    means = "".join(f" {report[f'geomean_{key}']:14.2f}" for key in RATIOS)
+    lines.append(f"{'geometric mean':{width}}{blank}{means}")
+    return lines

@@ -1,128 +1,62 @@
-"""Time the steps of a training, at full size and on random patches.
+"""Compare the time of training steps: a plain loop, main.py's step, its precisions, and compilation.
 
     python tools/benchmark.py train --baseline --batch_size 16 --patch_size 96 --device cuda
 
-A step is the whole of it: masks, forward, losses, backward, update. All run in one process and in turns, after a
-warm-up; times are medians.
+A step is complete (masks, forward, losses, backward, update), for a network of full size and random patches. All kinds
+of steps run in one process and take turns, after a warm-up; times are medians.
 
-    baseline  the plain loop: float32, eager, contiguous memory, the loss read after every step, and the forward with
-              its branches written out: dense and sparse features convolved one after the other in every layer
+    baseline  a plain loop: float32, eager, contiguous memory, the loss read after every step, and a forward with its
+              branches written out: every layer convolves dense and sparse features one after the other
     single    main.py's step
-    bf16      with --precision bf16
-    half      with --precision half
-    +compile  with --compile as well
+    bf16      the step with --precision bf16
+    half      the step with --precision half
+    +compile  the step with --compile, too
 """
 
 import argparse
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from loss import build_loss
-from model.common import pad_to_multiple
 from model.smsr import SMSR
-from option import PRECISIONS, Parser, positive_int
-from tools.benchmark import timed
-from trainer import Schedules, Trainer, build_optimizer
-from utility import pick_device, write_json
+from option import positive_int
+from tools.baselines import PlainTraining
+from tools.timing import timed
+from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
+from utility import PRECISIONS, pick_device, write_json
+
+TAU, LAMBDA = 0.7, 0.1  # of some epoch: the time of a step does not depend on them
 
 
-def parse(argv):
-    parser = Parser(
-        prog="benchmark.py train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--baseline", action="store_true", help="time the plain loop, too, and compare with it")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, nargs="+", default=["single", "bf16"], help="which precisions to time"
     )
-    parser.add_argument("--baseline", action="store_true", help="time the plain loop too, and compare with it")
-    parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=["single", "bf16"], help="which to time")
-    parser.add_argument("--compile", action="store_true", help="time each of them compiled, too")
-    parser.add_argument("--scale", type=positive_int, default=2)
+    parser.add_argument("--compile", action="store_true", help="time each precision compiled, too")
+    parser.add_argument("--scale", type=positive_int, default=2, help="upscaling factor")
     parser.add_argument("--batch_size", type=positive_int, default=16)
-    parser.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--threads", type=positive_int, help="of the CPU (default: PyTorch's choice)")
-    parser.add_argument("--repeats", type=positive_int, default=11, help="timed steps of each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
-    return parser.parse_args(argv)
+    parser.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels per side of a patch")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--threads", type=positive_int, help="number of CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--repeats", type=positive_int, default=11, help="number of timed steps of each kind")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
 
-def branches(block, x, m, c):
-    """What SMM.forward computes, branch by branch (paper eq. 5), of the same features and masks."""
-    c = [c_l.view(1, -1, 1, 1) for c_l in c[0].unbind(1)]
-    z = block.convs[0](x)
-    outputs = [F.relu(z * c[0] + z * (1 - c[0]) * m)]
-    for conv, c_in, c_out in zip(block.convs[1:], c[:-1], c[1:], strict=True):
-        dense, sparse = conv(outputs[-1] * c_in), conv(outputs[-1] * (1 - c_in))
-        dense_to_dense, dense_to_sparse = dense * c_out, dense * (1 - c_out) * m
-        sparse_to_dense, sparse_to_sparse = sparse * c_out * m, sparse * (1 - c_out) * m
-        outputs.append(F.relu(dense_to_dense + dense_to_sparse + sparse_to_dense + sparse_to_sparse))
-    return x + block.attention(block.collect(torch.cat(outputs, 1)))
-
-
-class Baseline:
-    """The plain loop: `step` on LR (N, C, P, P) and HR (N, C, sP, sP)."""
-
-    def __init__(self, model):
-        self.model = model
-        self.optimizer = torch.optim.Adam(model.parameters(), 2e-4, foreach=False)
-
-    def forward(self, lr, tau):
-        """SR and the sparsity loss, all of whose products are built."""
-        model = self.model
-        x = pad_to_multiple(lr - model.mean, 2)
-        head = f = model.head(x)
-        features, shares = [], []
-        for block in model.blocks:
-            m, c = block.sample_masks(f, tau)
-            shares += [m * (1 - c_l) + c_l for c_l in (c[..., i].view(1, -1, 1, 1) for i in range(c.shape[2]))]
-            f = branches(block, f, m, c)
-            features.append(f)
-        sr = model.tail(model.collect(torch.cat(features, 1)) + head) + model.upsample(x)
-        sr = sr[..., : lr.shape[2] * model.scale, : lr.shape[3] * model.scale]
-        return sr, torch.cat(shares).mean()
-
-    def step(self, lr, hr, tau, lambda_):
-        self.optimizer.zero_grad()
-        sr, share = self.forward(lr, tau)
-        loss = F.l1_loss(sr, hr) + lambda_ * share
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
-
-
-def measure(args):
-    """{name: milliseconds of a step}"""
-    device = pick_device(args.device)
-    torch.manual_seed(0)
-    model = SMSR(args.scale).train()
-    lr = torch.rand(args.batch_size, 3, args.patch_size, args.patch_size, device=device) * 255
-    hr = F.interpolate(lr, scale_factor=args.scale)
-    schedule = torch.tensor(0.7, device=device), torch.tensor(0.1, device=device)  # tau and lambda of some epoch
-    runs = {}
-    if args.baseline:
-        baseline = Baseline(copy.deepcopy(model).to(device))
-        runs["baseline"] = functools.partial(baseline.step, lr, hr, *(number.item() for number in schedule))
-    lr, hr = (images.contiguous(memory_format=torch.channels_last) for images in (lr, hr))
-    for precision in args.precision:
-        for compiled in (False, True) if args.compile else (False,):
-            own = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
-            trainer = Trainer(
-                own, build_loss("1*L1").to(device), build_optimizer("ADAM", own.parameters(), 2e-4), None, [], None,
-                Schedules(), precision=PRECISIONS[precision], compile=compiled,
-            )  # fmt: skip
-            runs[precision + "+compile" * compiled] = functools.partial(trainer.train_step, lr, hr, *schedule)
-    return timed(runs, device, args.repeats)
-
-
-def main(argv):
-    args = parse(argv)
+def run(args: argparse.Namespace) -> None:
+    """Measure, print a table, and write the results where --json asks for it. Raises InputError."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    times = measure(args)
-    slowest = times.get("baseline", times[next(iter(times))])
+    device = pick_device(args.device)
+    times = timed(build_steps(args, device), device, args.repeats)
+    reference = times.get("baseline", times[next(iter(times))])
     rows = {
-        name: {"step_ms": ms, "images_per_second": args.batch_size / ms * 1e3, "speedup": slowest / ms}
+        name: {"step_ms": ms, "images_per_second": args.batch_size / ms * 1e3, "speedup": reference / ms}
         for name, ms in times.items()
     }
     print(f"{'step':16} {'ms':>9} {'images/s':>9} {'speedup':>8}")
@@ -130,5 +64,32 @@ def main(argv):
         print(f"{name:16} {row['step_ms']:9.1f} {row['images_per_second']:9.1f} {row['speedup']:8.2f}")
     if args.json:
         settings = {key: getattr(args, key) for key in ("scale", "batch_size", "patch_size")}
-        settings |= {"device": str(pick_device(args.device)), "threads": torch.get_num_threads()}
-        write_json(args.json, settings | {"torch": torch.__version__, "steps": rows})
+        settings |= {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        write_json(args.json, settings | {"steps": rows})
+
+
+def build_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], object]]:
+    """{name: a call that takes one step}; each trains its own copy of the same network on the same patches."""
+    torch.manual_seed(0)
+    model = SMSR(args.scale).train()
+    lr = torch.rand(args.batch_size, model.n_colors, args.patch_size, args.patch_size, device=device) * 255
+    hr = F.interpolate(lr, scale_factor=args.scale)
+    steps = {}
+    if args.baseline:
+        plain = PlainTraining(copy.deepcopy(model).to(device))
+        steps["baseline"] = functools.partial(plain.step, lr, hr, tau=TAU, lambda_=LAMBDA)
+    lr, hr = (images.contiguous(memory_format=torch.channels_last) for images in (lr, hr))
+    schedule = {"tau": torch.tensor(TAU, device=device), "lambda_": torch.tensor(LAMBDA, device=device)}
+    for precision in args.precision:
+        for compiled in (False, True) if args.compile else (False,):
+            own = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
+            step = build_step(own, StepSettings(precision=PRECISIONS[precision], compile=compiled))
+            name = f"{precision}+compile" if compiled else precision
+            steps[name] = functools.partial(step, lr, hr, **schedule, noise_seed=0)
+    return steps
+
+
+def build_step(model: SMSR, settings: StepSettings) -> TrainingStep:
+    """main.py's step with L1 and ADAM."""
+    optimizer = build_optimizer(model.parameters(), OptimizerSettings())
+    return TrainingStep(model, build_loss("1*L1").to(model.device), optimizer, settings)

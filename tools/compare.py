@@ -1,90 +1,100 @@
-"""Show a part of an image as several methods upscale it, side by side, as papers print it.
+"""Show a part of an image as upscaled by several methods, side by side, as papers print it.
 
     python tools/compare.py --image HR.png --crop 120,80,60,40 --methods bicubic SMSR.pt hr --output strip.png
 
-The image is of high resolution; its LR image is made as MATLAB's bicubic makes it. PSNR (dB) and SSIM are those of the
-whole image, by the protocol of benchmark sets.
+--image is a high-resolution image; its LR image is made like MATLAB's bicubic imresize. PSNR (dB) and SSIM are measured
+on the whole image with the protocol of benchmark sets.
 
-methods    bicubic, hr (the image itself), or a file of weights, of SMSR or of EDSR; all of one scale
+Each method is "bicubic", "hr" (the image itself) or a file of SMSR or EDSR weights. All weights must have one scale.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pictures
 from data.image import read_image
 from data.resize import crop_to_multiple, downscale, upscale
 from evaluation import compare
-from metrics import quantize
 from model import load_model
+from model.network import Network
 from option import Parser, png, positive_int
 from utility import InputError, run_program, write_whole
+from visualize import comparison
 
 
-def parse(argv=None):
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", type=Path, required=True, help="of high resolution")
-    parser.add_argument("--crop", type=crop, required=True, metavar="X,Y,W,H", help="pixels of the image")
-    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD")
-    parser.add_argument("--scale", type=positive_int, help="where no method is a network")
-    parser.add_argument("--output", type=png, required=True, metavar="FILE.png")
+    parser.add_argument("--image", type=Path, required=True, help="high-resolution image")
+    parser.add_argument("--crop", type=crop, required=True, metavar="X,Y,W,H", help="part of the image, in pixels")
+    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="bicubic, hr or a weights file")
+    parser.add_argument("--scale", type=positive_int, help="upscaling factor (default: the scale of the weights)")
+    parser.add_argument("--output", type=png, required=True, metavar="FILE.png", help="file to write")
     return parser.parse_args(argv)
 
 
-def crop(text):
+def crop(text: str) -> tuple[int, int, int, int]:
+    """The argparse type of --crop: "120,80,60,40" -> (x, y, width, height)."""
     numbers = text.split(",")
     if len(numbers) != 4 or not all(number.isdigit() for number in numbers) or "0" in numbers[2:]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 120,80,60,40: left, top, width and height")
-    return tuple(map(int, numbers))
+        raise argparse.ArgumentTypeError(f"{text!r} does not have the form 120,80,60,40 (left, top, width, height)")
+    x, y, width, height = map(int, numbers)
+    return x, y, width, height
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    for method in args.methods:
-        if method not in ("bicubic", "hr") and not Path(method).is_file():
-            raise InputError(f"--methods {method}: is neither bicubic nor hr nor a file of weights")
-    networks = {method: load_model(method) for method in args.methods if method not in ("bicubic", "hr")}
-    scales = {model.scale for model in networks.values()} | ({args.scale} if args.scale else set())
-    if len(scales) != 1:
-        if not scales:
-            raise InputError("--methods: none is a network; say with --scale how far to upscale")
-        found = ", ".join(f"x{scale}" for scale in sorted(scales))
-        raise InputError(f"--methods: are of {found}; all, and --scale, must be of one scale")
-    (scale,) = scales
+    networks = load_networks(args.methods)
+    scale = common_scale(networks.values(), args.scale)
     hr = crop_to_multiple(read_image(args.image), scale)
     if not hr.size:
-        raise InputError(f"--image {args.image}: is smaller than {scale} pixels")
+        raise InputError(f"--image {args.image}: the image is smaller than {scale} pixels; choose a larger one")
     x, y, width, height = args.crop
     if x + width > hr.shape[1] or y + height > hr.shape[0]:
-        raise InputError(f"--crop {x},{y},{width},{height}: reaches out of the image, {hr.shape[1]}x{hr.shape[0]}")
+        raise InputError(
+            f"--crop {x},{y},{width},{height}: the crop extends beyond the image ({hr.shape[1]}x{hr.shape[0]}); "
+            f"choose one inside it"
+        )
     lr = downscale(hr, scale)
     panels = []
     for method in args.methods:
         sr, title = hr, "HR"
         if method != "hr":
-            sr = upscale(lr, scale) if method == "bicubic" else _run(networks[method], lr)
-            measured = compare(sr, hr, scale)
-            title = f"{_label(method)}\n{measured['psnr_y']:.2f} dB / {measured['ssim_y']:.4f}"
+            sr = upscale(lr, scale) if method == "bicubic" else networks[method].upscale(lr)
+            metrics = compare(sr, hr, scale)
+            title = f"{_label(method)}\n{metrics['psnr_y']:.2f} dB / {metrics['ssim_y']:.4f}"
             print(title.replace("\n", ": "))
         panels.append((sr[y : y + height, x : x + width], title))
-    write_whole(args.output, pictures.comparison(hr, args.crop, panels))
+    write_whole(args.output, comparison(hr, args.crop, panels))
     print(f"written to {args.output}")
 
 
-def _label(method):
-    """The name of the run that weights lie in, or that of their file."""
+def load_networks(methods: Iterable[str]) -> dict[str, Network]:
+    """{method: network} of the methods that are weights files. Raises InputError."""
+    paths = [method for method in methods if method not in ("bicubic", "hr")]
+    for path in paths:
+        if not Path(path).is_file():
+            raise InputError(f"--methods {path}: no such file; pass bicubic, hr or a file of weights")
+    return {path: load_model(path) for path in paths}
+
+
+def common_scale(networks: Iterable[Network], scale: int | None = None) -> int:
+    """The scale of all networks and, if given, of --scale. Raises InputError if there is none, or more than one."""
+    scales = {model.scale for model in networks} | ({scale} if scale else set())
+    if not scales:
+        raise InputError("--methods: no method is a network that determines the scale; pass --scale")
+    if len(scales) > 1:
+        found = ", ".join(f"x{scale}" for scale in sorted(scales))
+        raise InputError(f"--methods: found several scales ({found}); all weights and --scale must have the same one")
+    return scales.pop()
+
+
+def _label(method: str) -> str:
+    """The name of the run for weights in experiment/NAME/model, otherwise the name of the file."""
     path = Path(method)
     return path.parent.parent.name if path.parent.name == "model" else path.stem
-
-
-def _run(model, lr):
-    x = torch.from_numpy(lr.copy()).permute(2, 0, 1)[None].float()
-    return quantize(model.inference(x)[0][0], 255)
 
 
 if __name__ == "__main__":

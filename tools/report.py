@@ -1,10 +1,11 @@
-"""Make a report of what runs and tests left: report.html, one file that needs no network, and report.md.
+"""Make a report of test results and training curves: report.html, a single file that works offline, and report.md.
 
     python main.py --data_test Set5+Set14 ... --test_only --save_results --save_masks --save mine
     python tools/report.py experiment/mine
 
-It holds a table like the paper's with the published numbers beside ours, all images, training curves where a run has
-them, and of the hardest images a slider (bicubic, SR, HR; with --save_results) and the masks (with --save_masks).
+The report has a table like the paper's with the published numbers next to ours, a table of all images, the training
+curves of runs that were trained and, for the hardest images, a slider between bicubic, SR and HR (needs --save_results)
+and the masks (needs --save_masks).
 """
 
 import argparse
@@ -13,8 +14,10 @@ import html
 import json
 import string
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import imageio.v3 as iio
@@ -28,7 +31,7 @@ from data.resize import upscale
 from option import Parser, count, positive_int
 from utility import InputError, run_program, write_whole
 
-# The paper's table 2: multiply-adds (G) at an output of 1280x720, PSNR and SSIM on Y.
+# Table 2 of the paper: multiply-adds (G) for an output of 1280x720, PSNR (dB) and SSIM on Y.
 PUBLISHED = {
     2: {
         "parameters": 985e3, "gmacs": 131.6, "gmacs_dense": 224.1,
@@ -48,39 +51,39 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
-    """A test of a run on one set: the folder results-<set>-x<scale>. Runs are told apart by their folders."""
+    """A test of a run on one set."""
 
-    run: Path
-    folder: Path
-    metrics: dict
-    options: dict
+    run: Path  # folder of the run; two runs may have the same name
+    folder: Path  # results-<set>-x<scale>
+    metrics: dict[str, Any]  # metrics.json
+    options: dict[str, Any]  # options.json
 
     @property
-    def title(self):
+    def title(self) -> str:
         return f"{self.run.name}: {self.metrics['dataset']} x{self.metrics['scale']}"
 
-    def hardest(self, n):
-        """The n images of lowest PSNR; of those that have none, the first."""
+    def hardest(self, n: int) -> list[dict[str, Any]]:
+        """The n images with the lowest PSNR; images without a PSNR come first."""
         images = self.metrics["images"]
         return sorted(images, key=lambda row: _number(row["psnr_y"], -1.0))[:n]
 
 
-def parse(argv=None):
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="experiment/NAME")
-    parser.add_argument("--output", type=Path, help="folder to write to (default: that of the first run)")
-    parser.add_argument("--images", type=count, default=3, help="hardest images to show of each set")
-    parser.add_argument("--crop", type=positive_int, default=256, help="HR pixels of a side that the slider shows")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="experiment/NAME", help="folders of runs")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: the folder of the first run)")
+    parser.add_argument("--images", type=count, default=3, help="number of hardest images to show per set")
+    parser.add_argument("--crop", type=positive_int, default=256, help="side of the part in the slider, in HR pixels")
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     results = [result for run in args.runs for result in read_results(run)]
     folder = args.output or args.runs[0]
-    sections = [*tables(results), *curves(args.runs), *looks(results, args.images, args.crop), *settings(results)]
+    sections = [*tables(results), *curves(args.runs), *comparisons(results, args.images, args.crop), *settings(results)]
     title = ", ".join(run.name for run in args.runs)
     template = string.Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     body = "\n".join([f"<h1>Results: {html.escape(title)}</h1>", *(section.html for section in sections)])
@@ -90,40 +93,51 @@ def main(argv=None):
     print(f"written to {folder / 'report.html'} and report.md")
 
 
-def read_results(run):
-    """The `Result`s of a run, by set and scale. Raises InputError."""
+def read_results(run: Path) -> list[Result]:
+    """The results of a run, sorted by set and scale. Raises InputError if there are none, or a file is damaged."""
     if not run.is_dir():
-        raise InputError(f"{run}: no such folder; give that of a run, experiment/NAME")
+        raise InputError(f"{run}: no such folder; pass the folder of a run, e.g. experiment/NAME")
     results = []
     for path in sorted(run.glob("results-*/metrics.json")):
         try:
             metrics = json.loads(path.read_text(encoding="utf-8"))
             options = json.loads((path.parent / "options.json").read_text(encoding="utf-8"))
             result = Result(run, path.parent, metrics, options)
-            list(tables([result]))  # all that is needed is there
+            list(tables([result]))  # raises an error if a value is missing
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: is broken, or not of this version ({error!r}); test anew") from None
+            raise InputError(f"{path}: damaged or written by another version ({error!r}); repeat the test") from None
         results.append(result)
     if not results:
-        raise InputError(f"{run}: holds no results; make some with main.py --test_only --save {run.name}")
+        raise InputError(f"{run}: contains no results; create them with main.py --test_only --save {run.name}")
     return results
 
 
-# ---- sections: the same in HTML and in Markdown ----------------------------------------------------------------------
+# ---- sections --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Section:
+    """A part of the report."""
+
     html: str
-    text: str = ""
+    text: str = ""  # the same in Markdown; "" if it is for HTML only
 
 
-def heading(title):
+def heading(title: str) -> Section:
     return Section(f"<h2>{html.escape(title)}</h2>", f"## {title}")
 
 
-def table(columns, rows, classes=None, kind=""):
-    """Rows of strings; in HTML with `classes` of the rows and the class `kind`: "sortable" or "options"."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] | None = None, kind: str = ""
+) -> Section:
+    """A table.
+
+    Args:
+        columns: headings
+        rows: one string per column
+        classes: CSS class of each row
+        kind: CSS class of the table: "sortable" or "options"
+    """
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join(
         f'<tr class="{name}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
@@ -136,66 +150,86 @@ def table(columns, rows, classes=None, kind=""):
     )
 
 
-def tables(results):
-    """A table of all sets for each scale, with the published rows, then all images of each set."""
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def tables(results: Sequence[Result]) -> Iterator[Section]:
+    """One table of all sets per scale, with the published numbers, then one table of all images per result."""
     for scale in sorted({result.metrics["scale"] for result in results}):
-        mine = [result for result in results if result.metrics["scale"] == scale]
-        sets = list(dict.fromkeys(result.metrics["dataset"] for result in mine))
         yield heading(f"x{scale}")
-        columns = ["method", "parameters", "multiply-adds at 1280x720", "of dense", "active share", "s / image"]
-        rows, classes = [], []
-        if scale in PUBLISHED:
-            paper = PUBLISHED[scale]
-            costs = [f"{paper['parameters'] / 1e3:.0f}K", f"{paper['gmacs']} G"]
-            costs += [f"{paper['gmacs'] / paper['gmacs_dense']:.0%}", "", ""]
-            rows.append(["SMSR, the paper", *costs, *(_pair(*paper.get(name, (None, None))) for name in sets)])
-            classes.append("published")
-        for run in dict.fromkeys(result.run for result in mine):
-            own = {result.metrics["dataset"]: result for result in mine if result.run == run}
-            summaries = [_summary(result) for result in own.values()]
-            gmacs, dense, active, seconds = (float(np.mean(values)) for values in zip(*summaries, strict=True))
-            first = next(iter(own.values())).metrics
-            costs = [f"{first['parameters'] / 1e3:.0f}K", f"{gmacs:.1f} G", f"{gmacs / dense:.0%}"]
-            costs += [f"{active:.3f}", f"{seconds:.3f}"]
-            quality = [own[name].metrics if name in own else {} for name in sets]
-            quality = [_pair(metrics.get("psnr_y"), metrics.get("ssim_y")) for metrics in quality]
-            rows.append([f"{run.name} ({first['model']})", *costs, *quality])
-            classes.append("")
-        yield table([*columns, *sets], rows, classes)
+        yield _scale_table(scale, [result for result in results if result.metrics["scale"] == scale])
     for result in results:
-        yield heading(f"{result.title}, image by image")
-        modules = range(len(result.metrics["images"][0]["mask_density"]))
-        columns = ["image", "LR size", "PSNR", "SSIM", "active share", "s", *(f"mask {k + 1}" for k in modules)]
-        yield table(columns, [_row(image) for image in result.metrics["images"]], kind="sortable")
+        yield heading(f"{result.title}, per image")
+        yield _image_table(result)
 
 
-def _summary(result):
+def _scale_table(scale: int, results: Sequence[Result]) -> Section:
+    """The results at one scale, one row per run."""
+    sets = list(dict.fromkeys(result.metrics["dataset"] for result in results))
+    columns = ["method", "parameters", "multiply-adds at 1280x720", "of unmasked", "active share", "s / image"]
+    rows, classes = [], []
+    if scale in PUBLISHED:
+        rows.append(_published_row(scale, sets))
+        classes.append("published")
+    for run in dict.fromkeys(result.run for result in results):
+        rows.append(_run_row([result for result in results if result.run == run], sets))
+        classes.append("")
+    return table([*columns, *sets], rows, classes)
+
+
+def _published_row(scale: int, sets: Iterable[str]) -> list[str]:
+    paper = PUBLISHED[scale]
+    costs = [f"{paper['parameters'] / 1e3:.0f}K", f"{paper['gmacs']} G"]
+    costs += [f"{paper['gmacs'] / paper['gmacs_dense']:.0%}", "", ""]
+    return ["SMSR (paper)", *costs, *(_quality(*paper.get(name, (None, None))) for name in sets)]
+
+
+def _run_row(results: Sequence[Result], sets: Iterable[str]) -> list[str]:
+    """The row of one run: its costs are means over the sets that it was tested on."""
+    metrics_of = {result.metrics["dataset"]: result.metrics for result in results}
     keys = ("gmacs_at_1280x720", "gmacs_dense_at_1280x720", "active_share", "seconds_per_image")
-    return [float(result.metrics[key]) for key in keys]
+    means = [float(np.mean([float(metrics[key]) for metrics in metrics_of.values()])) for key in keys]
+    gmacs, gmacs_dense, active_share, seconds = means
+    first = results[0].metrics
+    costs = [f"{first['parameters'] / 1e3:.0f}K", f"{gmacs:.1f} G", f"{gmacs / gmacs_dense:.0%}"]
+    costs += [f"{active_share:.3f}", f"{seconds:.3f}"]
+    quality = [metrics_of.get(name, {}) for name in sets]
+    quality = [_quality(metrics.get("psnr_y"), metrics.get("ssim_y")) for metrics in quality]
+    return [f"{results[0].run.name} ({first['model']})", *costs, *quality]
 
 
-def _row(image):
+def _image_table(result: Result) -> Section:
+    images = result.metrics["images"]
+    masks = [f"mask {k + 1}" for k in range(len(images[0]["mask_density"]))]
+    columns = ["image", "LR size", "PSNR", "SSIM", "active share", "s", *masks]
+    return table(columns, [_image_row(image) for image in images], kind="sortable")
+
+
+def _image_row(image: dict[str, Any]) -> list[str]:
     height, width = image["lr_shape"]
-    numbers = [_text(image["psnr_y"], ".2f"), _text(image["ssim_y"], ".4f"), f"{image['active_share']:.3f}"]
+    numbers = [_format(image["psnr_y"], ".2f"), _format(image["ssim_y"], ".4f"), f"{image['active_share']:.3f}"]
     densities = [f"{density:.2f}" for density in image["mask_density"]]
     return [image["name"], f"{height}x{width}", *numbers, f"{image['seconds']:.3f}", *densities]
 
 
-def _number(value, absent):
-    """metrics.json says null for no number and "inf" for infinity."""
-    return absent if value is None else float(value)
+def _number(value: float | str | None, default: float) -> float:
+    """A number of metrics.json, where null stands for nan and "inf" for infinity."""
+    return default if value is None else float(value)
 
 
-def _text(value, form):
-    return "" if value is None else format(float(value), form)
+def _format(value: float | str | None, spec: str) -> str:
+    return "" if value is None else format(float(value), spec)
 
 
-def _pair(psnr, ssim):
-    return " / ".join(text for text in (_text(psnr, ".2f"), _text(ssim, ".4f")) if text)
+def _quality(psnr: float | str | None, ssim: float | str | None) -> str:
+    return " / ".join(text for text in (_format(psnr, ".2f"), _format(ssim, ".4f")) if text)
 
 
-def curves(runs):
-    """The curves of those runs that were trained, in HTML alone."""
+# ---- images, in HTML only --------------------------------------------------------------------------------------------
+
+
+def curves(runs: Iterable[Path]) -> Iterator[Section]:
+    """The training curves of the runs that have any."""
     for run in runs:
         files = [run / name for name in ("psnr.png", "active_share.png", "loss.png", "masks.png")]
         files = [path for path in files if path.is_file()]
@@ -205,43 +239,41 @@ def curves(runs):
             yield Section(f'<h2>{title}</h2><div class="pictures curves">{figures}</div>')
 
 
-def looks(results, n_images, size):
-    """Sliders and masks of the hardest images, in HTML alone."""
+def comparisons(results: Iterable[Result], n_images: int, size: int) -> Iterator[Section]:
+    """Sliders and masks of the hardest images.
+
+    Args:
+        n_images: images to show per result
+        size: side of the part in the slider, in HR pixels
+    """
     for index, result in enumerate(results):
-        shown = []
+        figures = []
         for rank, row in enumerate(result.hardest(n_images)):
-            shown.append(_slider(result, row, size, f"i{index}-{rank}"))
-            shown.append(_masks(result, row))
-        if any(shown):
-            yield Section(
-                "\n".join([f"<h2>{html.escape(result.title)}: the hardest images</h2>", *filter(None, shown)])
-            )
+            figures.append(_slider(result, row, size, f"i{index}-{rank}"))
+            figures.append(_masks(result, row))
+        if any(figures):
+            title = html.escape(f"{result.title}: the hardest images")
+            yield Section("\n".join([f"<h2>{title}</h2>", *filter(None, figures)]))
 
 
-def _slider(result, row, size, key):
-    """Bicubic, SR and HR of the part of an image that is farthest off; nothing where one of them is not there."""
-    scale, name = result.metrics["scale"], row["name"]
-    sr_path = result.folder / f"{name}_x{scale}_SR.png"
-    try:
-        asked = result.options["options"]
-        images = find_set(result.metrics["dataset"], asked["dir_data"], scale, asked["dir_demo"])
-        hr_path, lr_path = images.pairs[name]
-        lr, sr = read_image(lr_path), read_image(sr_path)
-        pictures = {"bicubic": upscale(lr, scale), "SR": sr}
-        if hr_path:
-            pictures["HR"] = read_image(hr_path)[: sr.shape[0], : sr.shape[1]]
-    except (InputError, KeyError):
+def _slider(result: Result, row: dict[str, Any], size: int, key: str) -> str:
+    """A slider between the methods, of the part of an image with the largest error; "" if an image is missing.
+
+    key: prefix of the ids of its elements
+    """
+    images = _read_images(result, row["name"])
+    if not images:
         return ""
-    top, left = _farthest(sr, pictures.get("HR", pictures["bicubic"]), size)
-    parts = {method: image[top : top + size, left : left + size] for method, image in pictures.items()}
-    hidden = "".join(f'<img id="{key}-{m}" src="{_data(part)}" alt="" hidden>' for m, part in parts.items())
+    top, left = _worst_region(images["SR"], images.get("HR", images["bicubic"]), size)
+    parts = {method: image[top : top + size, left : left + size] for method, image in images.items()}
+    hidden = "".join(f'<img id="{key}-{m}" src="{_data_url(part)}" alt="" hidden>' for m, part in parts.items())
     ids = html.escape(json.dumps({method: f"{key}-{method}" for method in parts}))
 
     def select(chosen):
         options = "".join(f"<option{' selected' * (method == chosen)}>{method}</option>" for method in parts)
         return f'<select aria-label="image">{options}</select>'
 
-    caption = html.escape(f"{name} {_pair(row['psnr_y'], row['ssim_y'])}")
+    caption = html.escape(f"{row['name']} {_quality(row['psnr_y'], row['ssim_y'])}")
     return (
         f"<figure>{hidden}<figcaption>{caption}: {select('bicubic')} left, {select('SR')} right</figcaption>"
         f"<div class=\"slider\" data-images='{ids}'>"
@@ -250,50 +282,71 @@ def _slider(result, row, size, key):
     )
 
 
-def _farthest(sr, reference, size):
-    """(top, left) of the square in which two images differ most."""
+def _read_images(result: Result, name: str) -> dict[str, np.ndarray]:
+    """{method: uint8 array (sH, sW, 3)} with bicubic, SR and, if it exists, HR; {} if SR or LR is missing."""
+    scale, options = result.metrics["scale"], result.options
+    try:
+        options = options["options"]
+        found = find_set(result.metrics["dataset"], options["dir_data"], scale, options["dir_demo"])
+        hr_path, lr_path = found.pairs[name]
+        lr, sr = read_image(lr_path), read_image(result.folder / f"{name}_x{scale}_SR.png")
+        images = {"bicubic": upscale(lr, scale), "SR": sr}
+        if hr_path:
+            images["HR"] = read_image(hr_path)[: sr.shape[0], : sr.shape[1]]
+    except (InputError, KeyError):
+        return {}
+    return images
+
+
+def _worst_region(sr: np.ndarray, reference: np.ndarray, size: int) -> tuple[int, int]:
+    """(top, left) of the square in which two images (H, W, C) differ most."""
     error = ((sr.astype(np.float32) - reference) ** 2).mean(axis=2)
     window = (min(size, error.shape[1]), min(size, error.shape[0]))
     sums = cv2.boxFilter(error, -1, window, normalize=False, anchor=(0, 0), borderType=cv2.BORDER_CONSTANT)
     sums = sums[: error.shape[0] - window[1] + 1, : error.shape[1] - window[0] + 1]
-    return np.unravel_index(sums.argmax(), sums.shape)
+    top, left = np.unravel_index(sums.argmax(), sums.shape)
+    return int(top), int(left)
 
 
-def _masks(result, row):
+def _masks(result: Result, row: dict[str, Any]) -> str:
+    """The masks of an image; "" if they were not saved."""
     name = f"{row['name']}_x{result.metrics['scale']}"
     figures = []
     for k, density in enumerate(row["mask_density"]):
         path = result.folder / f"{name}_mask{k + 1}.png"
         if path.is_file():
-            figures.append(_figure(_data(read_image(path)), f"module {k + 1}: density {density:.2f}"))
+            figures.append(_figure(_data_url(read_image(path)), f"SMM {k + 1}: density {density:.2f}"))
     return f'<div class="pictures masks">{"".join(figures)}</div>' if figures else ""
 
 
-def _figure(source, caption):
+def _figure(source: str, caption: str) -> str:
     return f'<figure><img src="{source}" alt=""><figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
-def _data(image):
+def _data_url(image: np.ndarray) -> str:
     return f"data:image/png;base64,{_base64(iio.imwrite('<bytes>', image, extension='.png'))}"
 
 
-def _base64(content):
+def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def settings(results):
-    """What each test was started with that differs from the defaults, and the versions it ran on."""
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def settings(results: Iterable[Result]) -> Iterator[Section]:
+    """The options that differ from the defaults, and the versions, of each test."""
     yield heading("Options and versions")
     rows = []
     for result in results:
         changed, versions = result.options.get("changed", {}), result.options.get("versions", {})
-        asked = " ".join(f"--{key} {_value(key, value)}" for key, value in changed.items())
-        rows.append([result.title, asked, ", ".join(f"{key} {value}" for key, value in versions.items())])
+        flags = " ".join(f"--{key} {_flag_value(key, value)}" for key, value in changed.items())
+        rows.append([result.title, flags, ", ".join(f"{key} {value}" for key, value in versions.items())])
     yield table(["test", "options", "versions"], rows, kind="options")
 
 
-def _value(key, value):
-    """As it is written on the command line."""
+def _flag_value(key: str, value: Any) -> str:
+    """The value of an option as the command line takes it."""
     if key == "data_range":
         return "/".join("-".join(map(str, span)) for span in value)
     if isinstance(value, list):

@@ -1,16 +1,17 @@
-"""Serve the page that upscales images in a browser, with a network that tools/export_onnx.py exported.
+"""Serve a web page that upscales images in the browser, with a network that tools/export_onnx.py exported.
 
     npm install --prefix tools/web
     python tools/serve_web.py --model smsr_x2.onnx
 
-Then open http://localhost:8000. Threads of WebAssembly need pages that are isolated from others, which the two headers
-here say; a server of your own must send them, too.
+Then open http://localhost:8000. Browsers run WebAssembly in several threads only on pages that are isolated from other
+sites, which takes the two headers below. If you host the page on another server, it must send them too.
 """
 
 import argparse
 import functools
 import http.server
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,34 +23,36 @@ FOLDER = Path(__file__).resolve().parent / "web"
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of FOLDER, and the network as model.onnx."""
+    """Serves the files in FOLDER, and the network as model.onnx."""
 
     extensions_map = http.server.SimpleHTTPRequestHandler.extensions_map | {
-        ".mjs": "text/javascript", ".wasm": "application/wasm", ".onnx": "application/octet-stream",
-    }  # fmt: skip
+        ".mjs": "text/javascript",
+        ".wasm": "application/wasm",
+        ".onnx": "application/octet-stream",
+    }
 
-    def __init__(self, *args, model):
+    def __init__(self, *args, model: Path):
         self.model = model
         super().__init__(*args, directory=str(FOLDER))
 
-    def translate_path(self, path):
+    def translate_path(self, path: str) -> str:
         return str(self.model) if path == "/model.onnx" else super().translate_path(path)
 
-    def end_headers(self):
+    def end_headers(self) -> None:
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
         self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         super().end_headers()
 
-    def log_message(self, *args):
+    def log_message(self, *args) -> None:
         pass
 
 
-def build_server(model, port=8000):
-    """A server of the page on this machine alone; port 0: any that is free. Raises InputError."""
+def build_server(model: Path, port: int = 8000) -> http.server.ThreadingHTTPServer:
+    """A server of the page that only this machine can reach; port 0 chooses a free one. Raises InputError."""
     if not model.is_file():
-        raise InputError(f"--model {model}: no such file; make it with tools/export_onnx.py")
-    if b"smsr_scale" not in model.read_bytes():  # of the metadata, which a page does not get to see
-        raise InputError(f"--model {model}: was not made by tools/export_onnx.py; serve one that was")
+        raise InputError(f"--model {model}: no such file; export a network with tools/export_onnx.py")
+    if b"smsr_scale" not in model.read_bytes():  # checked here because the page cannot read the metadata
+        raise InputError(f"--model {model}: has no metadata smsr_scale; export it with tools/export_onnx.py")
     if not (FOLDER / "node_modules/onnxruntime-web").is_dir():
         raise InputError("onnxruntime-web is not installed; npm install --prefix tools/web")
     try:
@@ -58,10 +61,10 @@ def build_server(model, port=8000):
         raise InputError(f"--port {port}: {error.strerror}; choose another") from None
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, metavar="FILE.onnx")
-    parser.add_argument("--port", type=port, default=8000)
+    parser.add_argument("--model", type=Path, required=True, metavar="FILE.onnx", help="exported network")
+    parser.add_argument("--port", type=port, default=8000, help="port to listen on (default: 8000)")
     args = parser.parse_args(argv)
     with build_server(args.model, args.port) as server:
         print(f"http://localhost:{args.port}", flush=True)

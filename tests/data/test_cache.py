@@ -18,14 +18,20 @@ def paths(make_set):
     return sorted((make_set() / "Tiny/HR").iterdir())
 
 
-@pytest.mark.parametrize("kind", cache.KINDS)
+@pytest.mark.parametrize("kind", cache.CACHE_KINDS)
 def test_every_kind_gives_the_same_pixels(paths, kind):
     sources = cache.prepare(paths, paths[0].parents[1], kind)
     for path, source in zip(paths, sources, strict=True):
         assert np.array_equal(cache.open_image(source), read_image(path))
 
 
-def test_sep_is_kept(paths):
+def test_unknown_kinds_are_refused(paths):
+    with pytest.raises(InputError, match="no such kind of cache 'npz'; there are img, sep, sep_reset, bin") as error:
+        cache.prepare(paths, paths[0].parents[1], "npz")
+    assert error.value.argument == "ext"
+
+
+def test_cached_files_are_reused(paths):
     root = paths[0].parents[1]
     first = cache.prepare(paths, root, "sep")
     assert first[0].parent == root / "bin/HR"
@@ -34,8 +40,8 @@ def test_sep_is_kept(paths):
     assert [source.stat().st_mtime_ns for source in first] == times
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux tells what is mapped and open")
-def test_sep_is_mapped_without_keeping_files_open(paths):
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux lists mapped and open files")
+def test_cached_files_are_mapped_and_not_kept_open(paths):
     before = len(os.listdir("/proc/self/fd"))
     sources = cache.prepare(paths, paths[0].parents[1], "sep")
     images = [cache.open_image(source) for source in sources]
@@ -48,24 +54,24 @@ def test_sep_is_mapped_without_keeping_files_open(paths):
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, 150])
-def test_a_cached_file_cut_short_is_named(paths, size):
+def test_truncated_cached_files_are_reported(paths, size):
     (source, *_) = cache.prepare(paths, paths[0].parents[1], "sep")
     os.truncate(source, size)
-    with pytest.raises(InputError, match="--ext sep_reset"):
+    with pytest.raises(InputError, match=r"^/.*\.npy: the cached image is broken; rebuild the cache \(ext sep_reset\)"):
         cache.open_image(source)
 
 
-def test_sep_reset_makes_anew(paths):
+def test_sep_reset_rebuilds_the_cache(paths):
     root = paths[0].parents[1]
     (source, *_) = cache.prepare(paths, root, "sep")
     source.write_bytes(b"broken")
-    with pytest.raises(InputError, match="--ext sep_reset"):
+    with pytest.raises(InputError, match=r"^/.*\.npy: the cached image is broken; rebuild the cache \(ext sep_reset\)"):
         cache.open_image(source)
     cache.prepare(paths, root, "sep_reset")
     assert np.array_equal(cache.open_image(source), read_image(paths[0]))
 
 
-def test_a_changed_source_is_decoded_anew_and_its_old_copy_removed(paths):
+def test_changed_sources_are_decoded_again_and_old_copies_removed(paths):
     root = paths[0].parents[1]
     cache.prepare(paths, root, "sep")
     iio.imwrite(paths[0], read_image(paths[0])[::-1])
@@ -75,7 +81,7 @@ def test_a_changed_source_is_decoded_anew_and_its_old_copy_removed(paths):
     assert len(list((root / "bin/HR").iterdir())) == len(paths)
 
 
-def test_grey_and_rgb_copies_live_side_by_side(paths):
+def test_grey_and_rgb_copies_coexist(paths):
     root = paths[0].parents[1]
     (grey, *_) = cache.prepare(paths, root, "sep", n_colors=1)
     (rgb, *_) = cache.prepare(paths, root, "sep", n_colors=3)
@@ -83,7 +89,7 @@ def test_grey_and_rgb_copies_live_side_by_side(paths):
     assert cache.open_image(rgb).shape[2] == 3
 
 
-def test_it_is_made_in_parallel_as_by_one(paths):
+def test_several_threads_build_the_same_cache_as_one(paths):
     root = paths[0].parents[1]
     one = [cache.open_image(source).copy() for source in cache.prepare(paths, root, "sep")]
     several = cache.prepare(paths, root, "sep_reset", n_threads=3)
@@ -97,8 +103,8 @@ def build_cache(paths, started):
         cache.prepare(paths, paths[0].parents[1], "sep_reset", n_threads=2)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9")
-def test_killed_at_any_point_it_is_whole_afterwards(make_set):
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_no_kill_leaves_an_incomplete_cached_file(make_set):
     paths = sorted((make_set(count=8, size=(200, 200)) / "Tiny/HR").iterdir())
     root = paths[0].parents[1]
     context = multiprocessing.get_context("forkserver")
@@ -118,19 +124,26 @@ def test_killed_at_any_point_it_is_whole_afterwards(make_set):
             assert np.array_equal(cache.open_image(source), read_image(path))
 
 
-def test_what_killed_processes_left_is_removed_once_it_is_old(paths):
+def test_unfinished_files_are_removed_once_they_are_old(paths):
     root = paths[0].parents[1]
     old, fresh = root / "bin/HR/.a.npy.1.tmp", root / "bin/HR/.b.npy.2.tmp"
     old.parent.mkdir(parents=True)
-    for left in (old, fresh):
-        left.touch()
+    for unfinished in (old, fresh):
+        unfinished.touch()
     os.utime(old, (0, 0))
     cache.prepare(paths, root, "sep")
     assert not old.exists()
     assert fresh.exists()
 
 
-def test_an_interrupted_write_leaves_nothing(paths, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_reported(paths):
+    root = paths[0].parents[1]
+    (root / "bin").write_text("in the way")
+    with pytest.raises(InputError, match=r"img0\.png.*\.npy: cannot be written .*; .* without a cache \(ext img\)"):
+        cache.prepare(paths, root, "sep")
+
+
+def test_an_interrupted_write_leaves_no_file(paths, monkeypatch):
     root = paths[0].parents[1]
 
     def fail(*_):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.image import image_size, list_images, read_image, write_png
+from data.image import image_kind, image_size, list_images, read_image, write_png
 from utility import InputError
 
 
@@ -14,7 +14,7 @@ def rgb():
 
 
 @pytest.mark.parametrize("ending", ["png", "bmp", "tif", "ppm", "gif", "jp2"])
-def test_lossless_kinds_are_read_exactly(tmp_path, ending):
+def test_lossless_formats_are_read_exactly(tmp_path, ending):
     image = np.full((6, 9, 3), (10, 200, 30), np.uint8)
     Image.fromarray(image).save(tmp_path / f"a.{ending}")
     assert np.array_equal(read_image(tmp_path / f"a.{ending}"), image)
@@ -22,7 +22,7 @@ def test_lossless_kinds_are_read_exactly(tmp_path, ending):
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "I;16"])
 @pytest.mark.parametrize("n_colors", [1, 3])
-def test_every_mode_comes_out_as_8_bit(tmp_path, mode, n_colors):
+def test_every_mode_is_converted_to_8_bits(tmp_path, mode, n_colors):
     grey = np.full((6, 9), 255, np.uint8)
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     if mode == "I;16":
@@ -35,7 +35,7 @@ def test_every_mode_comes_out_as_8_bit(tmp_path, mode, n_colors):
     assert (image >= 254).all()
 
 
-def test_sixteen_bits_are_rounded_to_eight(tmp_path):
+def test_16_bits_are_rounded_to_8(tmp_path):
     values = np.array([[0, 128, 129, 256, 32768, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "grey.png")
     assert read_image(tmp_path / "grey.png", 1)[..., 0].tolist() == [[0, 0, 1, 1, 128, 255]]
@@ -73,7 +73,7 @@ def test_exif_rotation_is_applied(tmp_path, rgb, orientation, ending):
         assert np.array_equal(image, TURNS[orientation](rgb))
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path, rgb):
+def test_unreadable_files_are_reported(tmp_path, rgb):
     (tmp_path / "text.png").write_text("no image")
     iio.imwrite(tmp_path / "cut.png", np.kron(rgb, np.ones((50, 50, 1), np.uint8)))
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-300])
@@ -83,6 +83,24 @@ def test_files_that_cannot_be_read_are_named(tmp_path, rgb):
         with pytest.raises(InputError, match=name) as error:
             read_image(tmp_path / name)
         assert "\n" not in str(error.value)
+        assert error.value.argument is None
+    with pytest.raises(InputError, match=r"text\.png: not an image, or broken \(.*\); remove or replace it"):
+        read_image(tmp_path / "text.png")
+    with pytest.raises(InputError, match=r"deep\.tif: has 32 bits per channel; convert it to 8 or 16"):
+        read_image(tmp_path / "deep.tif")
+
+
+def test_images_that_are_too_large_are_reported(tmp_path, rgb, monkeypatch):
+    iio.imwrite(tmp_path / "large.png", rgb)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(InputError, match=r"large\.png: has more than 0 megapixels; split it"):
+        read_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "PNG RGB"), ("P", "PNG P"), ("I;16", "PNG I;16")])
+def test_image_kind_names_format_and_mode(tmp_path, mode, kind):
+    Image.new(mode, (4, 4)).save(tmp_path / "a.png")
+    assert image_kind(tmp_path / "a.png") == kind
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -91,13 +109,15 @@ def test_png_round_trip(tmp_path, rgb, channels):
     assert np.array_equal(read_image(tmp_path / "a.png", channels), rgb[..., :channels])
 
 
-def test_images_are_listed_by_name_and_nothing_else_is(tmp_path, rgb):
+def test_only_images_are_listed_by_name(tmp_path, rgb):
     for name in ("b.png", "a.JPG", ".hidden.png"):
         iio.imwrite(tmp_path / name, rgb)
     (tmp_path / "notes.txt").write_text("")
     assert list(list_images(tmp_path)) == ["a", "b"]
     iio.imwrite(tmp_path / "a.png", rgb)
-    with pytest.raises(InputError, match="has the name of"):
+    with pytest.raises(InputError, match=r"a\.png: has the same name as a\.JPG; rename one of them"):
         list_images(tmp_path)
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="absent: no such folder"):
         list_images(tmp_path / "absent")
+    with pytest.raises(InputError, match=r"notes\.txt: is a file, not a folder"):
+        list_images(tmp_path / "notes.txt")

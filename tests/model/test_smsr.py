@@ -15,18 +15,79 @@ def test_parameter_count_is_the_published_one(scale, published):
 
 @pytest.mark.parametrize(("scale", "gmacs"), [(2, 224.1), (3, 100.5), (4, 57.2)])
 def test_dense_macs_at_720p_are_those_of_the_paper(scale, gmacs):
-    _, work = SMSR(scale).eval().inference(torch.rand(1, 3, 8, 8))
-    at_720p = work.macs_dense / work.pixels * (1280 // scale) * (720 // scale) / 1e9
+    _, cost = SMSR(scale).eval().inference(torch.rand(1, 3, 8, 8))
+    at_720p = cost.macs_dense / cost.pixels * (1280 // scale) * (720 // scale) / 1e9
     assert at_720p == pytest.approx(gmacs, rel=0.01)
 
 
+def test_named_parts_keep_their_keys():
+    model = SMSR(2, n_feats=8, n_blocks=1, n_layers=2)
+    assert model.state_dict().keys() == {
+        "rgb_range",
+        *(f"head.{index}.{kind}" for index in (0, 2) for kind in ("weight", "bias")),
+        *(f"blocks.0.spatial_mask.{index}.{kind}" for index in (0, 3, 5) for kind in ("weight", "bias")),
+        "blocks.0.channel_logits",
+        "blocks.0.convs.0.weight",
+        "blocks.0.convs.1.weight",
+        *(f"blocks.0.collect.{kind}" for kind in ("weight", "bias")),
+        *(f"blocks.0.attention.{index}.{kind}" for index in (0, 2) for kind in ("weight", "bias")),
+        *(f"collect.{index}.{kind}" for index in (0, 2) for kind in ("weight", "bias")),
+        *(f"tail.0.{kind}" for kind in ("weight", "bias")),
+    }
+    modules = dict(model.named_modules())
+    assert model.collect.reduce is modules["collect.0"]
+    assert model.collect.fuse is modules["collect.2"]
+    assert model.tail.conv is modules["tail.0"]
+    assert model.tail.shuffle is modules["tail.1"]
+    assert model.blocks[0].spatial_mask.full is modules["blocks.0.spatial_mask.0"]
+    assert model.blocks[0].spatial_mask.pooled is modules["blocks.0.spatial_mask.3"]
+    assert model.blocks[0].spatial_mask.logits is modules["blocks.0.spatial_mask.5"]
+
+
+def test_the_collection_is_a_1x1_convolution_a_relu_and_a_3x3_convolution():
+    collect = SMSR(2, n_feats=8, n_blocks=3).collect
+    outputs = torch.randn(2, 3 * 8, 5, 4)
+    reduced = F.relu(F.conv2d(outputs, collect.reduce.weight, collect.reduce.bias))
+    expected = F.conv2d(reduced, collect.fuse.weight, collect.fuse.bias, padding=1)
+    torch.testing.assert_close(collect(outputs), expected)
+
+
+def test_the_mask_branch_computes_logits_at_half_the_resolution():
+    branch = SMM(16).spatial_mask
+    x = torch.randn(2, 16, 6, 8)
+    half = F.relu(branch.pooled(F.avg_pool2d(F.relu(branch.full(x)), 2)))
+    assert half.shape == (2, 4, 3, 4)
+    torch.testing.assert_close(branch(x), branch.logits(half))
+    assert branch(x).shape == (2, 2, 6, 8)
+
+
+def test_the_attention_scales_channels_by_factors_of_the_mean():
+    attention = SMM(32).attention
+    x = torch.randn(2, 32, 5, 4)
+    factors = attention.factors(x.mean((2, 3), keepdim=True))
+    assert factors.shape == (2, 32, 1, 1)
+    assert ((factors > 0) & (factors < 1)).all()
+    torch.testing.assert_close(attention(x), x * factors)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_network_adds_to_the_bicubic_image(training):
+    model = SMSR(2, n_feats=8, n_blocks=1, n_layers=2).train(training)
+    with torch.no_grad():
+        for parameter in model.tail.parameters():
+            parameter.zero_()
+    x = torch.rand(1, 3, 6, 8) * 255
+    expected = F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=False)
+    torch.testing.assert_close(model(x), expected, atol=1e-3, rtol=0)
+
+
 def test_dense_macs_per_pixel_at_x2():
-    _, work = SMSR(2).eval().inference(torch.rand(1, 3, 6, 4))
-    assert work.macs_dense == 971_368 * 24
+    _, cost = SMSR(2).eval().inference(torch.rand(1, 3, 6, 4))
+    assert cost.macs_dense == 971_368 * 24
 
 
 def four_branches(block, x, m, c):
-    """The layers of an SMM as the paper draws them: dense or sparse channels to dense or sparse channels."""
+    """The layers of an SMM as in the figure of the paper, with a branch per pair of dense or sparse channels."""
     outputs, f, dense_in = [], x, None
     for layer, conv in enumerate(block.convs):
         dense_out = c[:, :, layer, None, None]
@@ -48,7 +109,7 @@ def four_branches(block, x, m, c):
 
 @pytest.mark.parametrize("n_layers", [1, 2, 4])
 @pytest.mark.parametrize("hard", [False, True])
-def test_smm_equals_the_four_branch_form(n_layers, hard):
+def test_a_block_equals_the_four_branch_form(n_layers, hard):
     block = SMM(16, n_layers).double()
     x = torch.randn(2, 16, 6, 8, dtype=torch.float64)
     m, c = torch.rand(2, 1, 6, 8).double(), torch.rand(1, 16, n_layers).double()
@@ -63,7 +124,7 @@ def test_gumbel_softmax_samples_the_categories_with_their_probabilities():
     torch.testing.assert_close(frequency, F.softmax(logits[0], 0), atol=0.02, rtol=0)
 
 
-def test_gumbel_softmax_is_nearer_to_one_hot_the_colder_it_is():
+def test_gumbel_softmax_is_closer_to_one_hot_at_lower_temperatures():
     logits = torch.zeros(1000, 2)
     warm, cold = (gumbel_softmax(logits, tau, dim=1).max(1).values.mean() for tau in (1.0, 0.1))
     assert warm < cold - 0.1
@@ -72,7 +133,7 @@ def test_gumbel_softmax_is_nearer_to_one_hot_the_colder_it_is():
 
 @pytest.mark.parametrize("drawn", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gumbel_noise_is_finite_at_both_ends(monkeypatch, drawn, dtype):
+def test_gumbel_noise_is_finite_for_the_extreme_random_numbers(monkeypatch, drawn, dtype):
     def rand(shape, dtype=torch.float32, device=None):
         assert dtype == torch.float32  # whatever the precision of the logits
         return torch.full(shape, drawn)
@@ -110,7 +171,7 @@ def test_grey_images():
 
 
 def test_layers_use_the_channel_mask_of_the_layer_before():
-    """A sparse output channel of layer 1 is not read by layer 2 outside the mask."""
+    """Outside the mask, layer 2 does not read the sparse output channels of layer 1."""
     block = SMM(4, 2)
     x, m = torch.rand(1, 4, 4, 4), torch.zeros(1, 1, 4, 4)
     c = torch.ones(1, 4, 2)

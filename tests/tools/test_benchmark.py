@@ -1,112 +1,60 @@
-import json
+import re
+import subprocess
 import sys
+from pathlib import Path
 
-import imageio.v3 as iio
-import numpy as np
 import pytest
-import torch
 
-from model.edsr import EDSR
-from model.smsr import SMSR
-from tools.benchmark import Dense, Plain, main, peak_mib, with_density
+from tools.benchmark import COMMANDS, main, parse
 from utility import InputError
 
-
-@pytest.fixture
-def weights(tmp_path, tiny):
-    torch.save(tiny.state_dict(), tmp_path / "weights.pt")
-    return str(tmp_path / "weights.pt")
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def run(weights, *flags):
-    main(["--pre_train", weights, "--device", "cpu", "--repeats", "1", *flags])
+@pytest.mark.parametrize("flags", [["--pre_train", "w.pt"], ["--size", "8x8", "--pre_train", "w.pt"]])
+def test_the_default_command_is_inference(flags):
+    assert parse(flags) == parse(["inference", *flags])
+    assert parse(flags).command == "inference"
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("dense", [Dense, Plain])
-def test_the_dense_networks_are_the_masked_one_where_all_is_important(dense):
-    model = SMSR(3, n_feats=8, n_blocks=3, n_layers=4).eval()
-    x = torch.rand(2, 3, 7, 9) * 255
-    for block in model.blocks:
-        block.spatial_mask[-1].bias[1] += 1000
-    torch.testing.assert_close(dense(model)(x), model.masked_forward(x), atol=1e-3, rtol=0)
+def test_without_arguments_the_weights_for_inference_are_required():
+    with pytest.raises(InputError, match="required: --pre_train"):
+        main([])
 
 
-@pytest.mark.parametrize("density", [0.0, 0.3, 0.75, 1.0])
-def test_masks_are_shifted_to_a_density(density):
-    model = SMSR(2, n_feats=32, n_blocks=2).eval()
-    x = torch.rand(1, 3, 20, 24) * 255
-    shifted = with_density(model, x, density)
-    assert shifted.inference(x)[1].mask_density == pytest.approx([density] * 2, abs=2 / x[0, 0].numel())
-
-
-def test_report_holds_what_is_documented(tmp_path, weights, capsys):
-    (tmp_path / "images").mkdir()
-    rng = np.random.default_rng(0)
-    for name, size in (("a", (12, 10)), ("b", (9, 15))):
-        iio.imwrite(tmp_path / f"images/{name}.png", rng.integers(0, 256, (*size, 3), dtype=np.uint8))
-    out, figure = tmp_path / "new/out.json", tmp_path / "new/out.png"
-    run(weights, "--images", str(tmp_path / "images"), "--batch", "2", "--json", str(out), "--plot", str(figure))
-    report = json.loads(out.read_text())
-    assert list(report) == [
-        "device", "precision", "threads", "torch", "batch", "images",
-        "geomean_speedup", "geomean_speedup_plain", "geomean_mac_ratio", "geomean_efficiency",
-    ]  # fmt: skip
-    assert (report["device"], report["precision"], report["torch"]) == ("cpu", "single", torch.__version__)
-    assert [image["name"] for image in report["images"]] == ["a", "b"]
-    for image in report["images"]:
-        assert list(image) == [
-            "name", "lr_shape", "mask_density", "dense_ms", "plain_ms", "sparse_ms", "auto_ms", "edsr_ms", "speedup",
-            "speedup_plain", "mac_ratio", "efficiency", "max_abs_diff", "peak_mib_dense", "peak_mib_sparse",
-        ]  # fmt: skip
-        assert image["speedup"] == pytest.approx(image["dense_ms"] / image["auto_ms"])
-        assert image["efficiency"] == pytest.approx(image["speedup"] / image["mac_ratio"])
-        assert image["max_abs_diff"] < 1e-3
-        assert len(image["mask_density"]) == 2
-    speedups = [image["speedup"] for image in report["images"]]
-    assert report["geomean_speedup"] == pytest.approx(np.prod(speedups) ** 0.5)
-    assert iio.imread(figure).shape[2] in (3, 4)
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == [
-        "LR", "image", "size", "density", "dense_ms", "plain_ms", "sparse_ms", "auto_ms", "edsr_ms", "speedup",
-        "speedup_plain", "mac_ratio", "efficiency",
-    ]  # fmt: skip
-    assert printed[1].split()[:2] == ["a", "12x10"]
-    assert printed[-1].startswith("geometric mean")
-
-
-def test_one_image_of_a_size(weights, capsys):
-    run(weights, "--size", "2x1001", "--precision", "bf16")
-    assert " 2x1001 " in capsys.readouterr().out
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells")
-def test_peak_memory_is_that_of_the_call():
-    def allocate():
-        torch.ones(64, 2**20, dtype=torch.uint8)
-
-    assert peak_mib(allocate, torch.device("cpu")) == pytest.approx(64, abs=8)
-    assert peak_mib(lambda: None, torch.device("cpu")) < 8
+def test_an_unknown_command_is_an_error():
+    with pytest.raises(InputError, match=r"invalid choice: 'inferense' \(choose from .*inference.*train.*data.*onnx"):
+        main(["inferense", "--pre_train", "w.pt"])
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("argv", "shown"),
     [
-        ("--size 360", "--size: '360' is not of the form 360x640"),
-        ("--size 0x5", "--size"),
-        ("--size 5x5 --images .", "not allowed with"),
-        ("--images absent", "absent: no such folder"),
-        ("--images empty", "empty: no images there"),
-        ("--plot curve.txt", "curve.txt: is not a .png"),
-        ("--repeats 0", "--repeats"),
-        ("--pre_train absent.pt", "absent.pt"),
-        ("--pre_train edsr.pt", "edsr.pt: not those of SMSR"),
-        ("--device cuda:9", "--device cuda:9"),
+        (["--help"], ("benchmark.py", *COMMANDS)),
+        (["-h"], ("benchmark.py", *COMMANDS)),
+        (["inference", "--help"], ("benchmark.py inference", "--plot", "speedup_as_written")),
+        (["train", "--help"], ("benchmark.py train", "--baseline", "+compile")),
+        (["data", "--help"], ("benchmark.py data", "--rounds", "memory-mapped")),
+        (["onnx", "--help"], ("benchmark.py onnx", "--repeats", "of_native")),
     ],
 )
-def test_mistakes_are_named(tmp_path, monkeypatch, weights, flags, said):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    torch.save(EDSR(2, n_feats=8, n_resblocks=1).state_dict(), "edsr.pt")
-    with pytest.raises(InputError, match=said):
-        run(weights, *flags.split())
+def test_help_describes_each_command(argv, shown, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in shown)
+
+
+def test_no_module_is_executed_twice():
+    # With -v, Python reports every module that it executes, except the script itself, "tools.benchmark".
+    done = subprocess.run(
+        [sys.executable, "-v", "tools/benchmark.py", "train", "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules = re.findall(r"^import '([\w.]+)' # <\S*SourceFileLoader", done.stderr, re.M)
+    found = sorted(name for name in modules if name.startswith(("tools.", "benchmark", "baselines", "timing")))
+    assert found == sorted(["tools.baselines", "tools.timing", *(f"tools.benchmark_{command}" for command in COMMANDS)])

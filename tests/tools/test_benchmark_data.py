@@ -4,22 +4,24 @@ import numpy as np
 import pytest
 import torch
 
-from data import find_set
+from data import PatchSettings, find_set
 from data.srdata import Patches
+from tools.baselines import PickledPatches
 from tools.benchmark import main
-from tools.benchmark_data import PickledImages, write_pairs
+from tools.benchmark_data import write_pairs
 from utility import InputError
 
 
 def test_pickled_images_give_the_same_patches(tmp_path):
     write_pairs(tmp_path / "Pairs", 2, (60, 81))
     sets = [find_set("Pairs", tmp_path, 2)]
-    pickled, plain = PickledImages(sets, 2, 16), Patches(sets, 2, 16, ext="img")
+    settings = PatchSettings(patch_size=16, ext="img", n_threads=1)
+    pickled, expected = PickledPatches(sets, 2, 3, settings), Patches(sets, 2, 3, settings)
     for draw in range(8):
-        for ours, theirs in zip(pickled[draw % 2, 1, draw], plain[draw % 2, 1, draw], strict=True):
+        for ours, theirs in zip(pickled[draw % 2, 1, draw], expected[draw % 2, 1, draw], strict=True):
             assert ours.dtype == torch.float32
             assert ours.is_contiguous()
-            assert np.array_equal(ours, theirs)
+            assert np.array_equal(ours, theirs.transpose(2, 0, 1))
 
 
 def test_kinds_of_cache_are_timed(tmp_path, capsys):
@@ -30,7 +32,7 @@ def test_kinds_of_cache_are_timed(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
-def test_an_image_smaller_than_a_patch_is_named():
+def test_images_smaller_than_a_patch_are_an_error():
     line = "data --size 60x80 --images 1 --n_threads 0"
     with pytest.raises(InputError, match=r"--size 60x80: .* --patch_size 96"):
         main(line.split())

@@ -23,36 +23,36 @@ def folder(tmp_path, monkeypatch, tiny):
     return tmp_path
 
 
-def run(line):
+def compare_methods(line):
     main(f"--image hr.png --output new/strip.png {line}".split())
 
 
-def test_methods_side_by_side(folder, capsys):
+def test_methods_are_shown_side_by_side(folder, capsys):
     (folder / "experiment/mine/model").mkdir(parents=True)
     shutil.copy("smsr.pt", "experiment/mine/model/model_best.pt")
-    run("--crop 10,5,20,10 --methods bicubic edsr.pt smsr.pt experiment/mine/model/model_best.pt hr")
+    compare_methods("--crop 10,5,20,10 --methods bicubic edsr.pt smsr.pt experiment/mine/model/model_best.pt hr")
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in printed[:-1]] == ["bicubic", "edsr", "smsr", "mine"]
     hr = iio.imread("hr.png")[:40]
-    measured = compare(upscale(downscale(hr, 2), 2), hr, 2)
-    assert printed[0] == f"bicubic: {measured['psnr_y']:.2f} dB / {measured['ssim_y']:.4f}"
+    metrics = compare(upscale(downscale(hr, 2), 2), hr, 2)
+    assert printed[0] == f"bicubic: {metrics['psnr_y']:.2f} dB / {metrics['ssim_y']:.4f}"
     height, width = iio.imread("new/strip.png").shape[:2]
     assert width > 4 * height
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
-        ("--crop 40,0,13,5 --methods smsr.pt", "--crop 40,0,13,5: reaches out of the image, 52x40"),
+        ("--crop 40,0,13,5 --methods smsr.pt", r"--crop 40,0,13,5: the crop extends beyond the image \(52x40\)"),
         ("--crop 1,2,3 --methods hr", "--crop: '1,2,3'"),
         ("--crop 0,0,0,5 --methods hr", "--crop"),
-        ("--crop 0,0,5,5 --methods bicubic", "say with --scale"),
+        ("--crop 0,0,5,5 --methods bicubic", "pass --scale"),
         ("--crop 0,0,5,5 --methods smsr.pt x3.pt", "x2, x3"),
         ("--crop 0,0,5,5 --methods smsr.pt --scale 4", "x2, x4"),
         ("--crop 0,0,5,5 --methods absent.pt", "absent.pt"),
-        ("--crop 0,0,5,5 --methods bicubic --scale 60", "hr.png: is smaller than 60"),
+        ("--crop 0,0,5,5 --methods bicubic --scale 60", "hr.png: the image is smaller than 60"),
     ],
 )
-def test_mistakes_are_named(folder, line, said):
-    with pytest.raises(InputError, match=said):
-        run(line)
+def test_errors_name_the_flag_or_file(folder, line, message):
+    with pytest.raises(InputError, match=message):
+        compare_methods(line)

@@ -18,7 +18,7 @@ def test_channel_masks_are_counted_and_drawn(tmp_path, tiny, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert sorted(map(abs, (counts[1][0] - counts[1][1], counts[0][0] - counts[0][1]))) == [0, 3]
     for line, (first, second) in zip(printed, counts, strict=False):
-        assert f": {first} {second} of 8 channels are dense" in line
+        assert line.endswith(f"dense channels per layer: {first} {second} (of 8)")
     assert iio.imread(tmp_path / "masks.png").ndim == 3
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import main
-from tools.report import _farthest, _value
+from tools.report import _flag_value, _worst_region
 from tools.report import main as report
 from utility import InputError
 
 
 @pytest.fixture
 def tested(tmp_path, monkeypatch, make_set, tiny):
-    """A run that was tested on two sets, with weights whose name HTML must escape."""
+    """A run tested on two sets, with weights whose file name must be escaped in HTML."""
     monkeypatch.chdir(tmp_path)
     make_set("Set5", count=4, benchmark=True)
     make_set("Tiny", count=2, benchmark=True)
@@ -25,12 +25,12 @@ def tested(tmp_path, monkeypatch, make_set, tiny):
     return tmp_path / "experiment/mine"
 
 
-def test_markdown_has_our_rows_beside_the_published(tested):
+def test_markdown_has_our_rows_next_to_the_published_ones(tested):
     report([str(tested)])
     lines = (tested / "report.md").read_text().splitlines()
     metrics = json.loads((tested / "results-Set5-x2/metrics.json").read_text())
     assert lines[0] == "# Results: mine"
-    assert "| SMSR, the paper | 985K | 131.6 G | 59% |  |  | 38.00 / 0.9601 |  |" in lines
+    assert "| SMSR (paper) | 985K | 131.6 G | 59% |  |  | 38.00 / 0.9601 |  |" in lines
     (ours,) = (line for line in lines if line.startswith("| mine (SMSR)"))
     assert f"{metrics['psnr_y']:.2f} / {metrics['ssim_y']:.4f}" in ours
     for image in metrics["images"]:
@@ -38,18 +38,18 @@ def test_markdown_has_our_rows_beside_the_published(tested):
     assert any("--save_masks" in line and f"torch {torch.__version__}" in line for line in lines)
 
 
-def test_html_holds_all_it_shows_and_escapes_what_it_quotes(tested):
+def test_html_is_self_contained_and_escaped(tested):
     report([str(tested), "--output", "new"])
     page = (tested.parents[1] / "new/report.html").read_text()
     assert "w&lt;b&gt;.pt" in page
     assert "<b>" not in page
     assert page.count('class="slider"') == 3 + 2
-    assert page.count("module 2: density") == 3 + 2
+    assert page.count("SMM 2: density") == 3 + 2
     assert "http://" not in page
     assert "https://" not in page
 
 
-def test_several_runs_and_what_is_not_there(tested, capsys):
+def test_missing_images_of_one_run_are_skipped(tested):
     shutil.copytree(tested, tested.with_name("bare"))
     for path in tested.with_name("bare").rglob("*.png"):
         path.unlink()
@@ -58,10 +58,10 @@ def test_several_runs_and_what_is_not_there(tested, capsys):
     assert "| bare (SMSR)" in text
     assert "| mine (SMSR)" in text
     page = (tested.with_name("bare") / "report.html").read_text()
-    assert page.count('class="slider"') == 3 + 2  # of the other
+    assert page.count('class="slider"') == 3 + 2  # of the other run
 
 
-def test_runs_of_one_name_are_told_apart(tested):
+def test_runs_with_the_same_name_get_a_row_each(tested):
     other = tested.parent.parent / "other/mine"
     shutil.copytree(tested, other)
     path = other / "results-Set5-x2/metrics.json"
@@ -72,46 +72,46 @@ def test_runs_of_one_name_are_told_apart(tested):
     assert "12.34 / 0.5000" in text
 
 
-def test_options_are_told_as_they_are_given():
-    assert _value("data_range", [[1, 3], [4, 4]]) == "1-3/4-4"
-    assert _value("decay", [5, 8]) == "5-8"
-    assert _value("data_test", ["Set5", "Set14"]) == "Set5+Set14"
-    assert _value("reset", True) == ""
+def test_options_are_shown_as_the_command_line_takes_them():
+    assert _flag_value("data_range", [[1, 3], [4, 4]]) == "1-3/4-4"
+    assert _flag_value("decay", [5, 8]) == "5-8"
+    assert _flag_value("data_test", ["Set5", "Set14"]) == "Set5+Set14"
+    assert _flag_value("reset", True) == ""
 
 
-def test_the_part_shown_is_the_one_farthest_off():
+def test_slider_shows_the_region_with_the_largest_error():
     reference = np.zeros((50, 60, 3), np.uint8)
     sr = reference.copy()
     sr[30:34, 41:45] = 200
-    top, left = _farthest(sr, reference, 8)
+    top, left = _worst_region(sr, reference, 8)
     assert 26 <= top <= 30
     assert 37 <= left <= 41
-    assert _farthest(sr[:5, :6], reference[:5, :6], 8) == (0, 0)
+    assert _worst_region(sr[:5, :6], reference[:5, :6], 8) == (0, 0)
 
 
-def test_mistakes_are_named(tested):
+def test_errors_name_the_file(tested):
     with pytest.raises(InputError, match="absent: no such folder"):
         report(["absent"])
     (tested.parent / "empty").mkdir()
-    with pytest.raises(InputError, match="empty: holds no results"):
+    with pytest.raises(InputError, match="empty: contains no results"):
         report(["experiment/empty"])
     path = tested / "results-Set5-x2/metrics.json"
     metrics = json.loads(path.read_text())
     del metrics["parameters"]
     path.write_text(json.dumps(metrics))
-    with pytest.raises(InputError, match=r"results-Set5-x2/metrics\.json: is broken"):
+    with pytest.raises(InputError, match=r"results-Set5-x2/metrics\.json: damaged"):
         report([str(tested)])
     path.write_text('{"dataset": "Set5"}')
-    with pytest.raises(InputError, match=r"results-Set5-x2/metrics\.json: is broken"):
+    with pytest.raises(InputError, match=r"results-Set5-x2/metrics\.json: damaged"):
         report([str(tested)])
 
 
-def test_in_a_browser_it_works_offline(tested, browser):
+def test_works_offline_in_a_browser(tested, browser):
     report([str(tested)])
     address = (tested / "report.html").as_uri()
     browser.set_window_size(400, 800)
     browser.get(address)
-    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")  # of a phone
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")  # on a phone
 
     slider = "document.querySelector('.slider')"
     clip = f"return {slider}.querySelector('.right').style.clipPath"
@@ -140,5 +140,5 @@ def test_in_a_browser_it_works_offline(tested, browser):
 
     assert browser.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
-    assert {url for url in asked if not url.startswith("data:")} <= {address}
+    urls = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
+    assert {url for url in urls if not url.startswith("data:")} <= {address}

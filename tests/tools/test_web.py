@@ -17,7 +17,7 @@ needs_runtime = pytest.mark.skipif(
 
 @pytest.fixture
 def page(tiny, exported, browser):
-    """The browser at the page, with the network `tiny`."""
+    """The browser with the page open; the page serves the network `tiny`."""
     tiny.load_state_dict(torch.load(exported / "w.pt"))
     server = build_server(exported / "w.onnx", port=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -34,17 +34,17 @@ def status(page):
 def wait_for(page, condition):
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(page, 60).until(lambda page: condition(status(page)), f"the page says {status(page)!r}")
+    WebDriverWait(page, 60).until(lambda page: condition(status(page)), f"the status is {status(page)!r}")
 
 
 @needs_runtime
 def test_an_image_is_upscaled_in_the_browser(page, tmp_path, tiny):
     image = np.random.default_rng(0).integers(0, 256, (23, 36, 3), dtype=np.uint8)
     write_png(tmp_path / "photo.png", image)
-    wait_for(page, lambda said: said.startswith("ready"))
-    assert page.execute_script("return crossOriginIsolated")  # else there would be one thread
+    wait_for(page, lambda text: text.startswith("Ready"))
+    assert page.execute_script("return crossOriginIsolated")  # otherwise there is only one thread
     page.find_element("id", "file").send_keys(str(tmp_path / "photo.png"))
-    wait_for(page, lambda said: "36x23 to 72x46 in" in said)
+    wait_for(page, lambda text: "36x23 to 72x46 in" in text)
     link = page.find_element("id", "save")
     assert link.get_attribute("download") == "photo_x2_SR.png"
     sr = iio.imread(base64.b64decode(link.get_attribute("href").split(",")[1]))[..., :3]
@@ -70,29 +70,29 @@ for (const which of ["first", "second"]) {
 
 
 @needs_runtime
-def test_an_image_is_dropped_and_another_while_it_is_upscaled(page, tmp_path):
+def test_a_second_image_dropped_during_upscaling_is_ignored(page, tmp_path):
     write_png(tmp_path / "photo.png", np.zeros((8, 6, 3), np.uint8))
-    wait_for(page, lambda said: said.startswith("ready"))
+    wait_for(page, lambda text: text.startswith("Ready"))
     page.execute_script(DROP_TWICE, "photo.png", base64.b64encode((tmp_path / "photo.png").read_bytes()).decode())
-    wait_for(page, lambda said: "6x8 to 12x16 in" in said)
+    wait_for(page, lambda text: "6x8 to 12x16 in" in text)
     assert status(page).startswith("first photo.png")
     assert page.find_element("id", "file").is_enabled()
 
 
 @needs_runtime
-def test_what_is_no_image_is_told(page, tmp_path):
+def test_a_file_that_is_not_an_image_is_reported(page, tmp_path):
     (tmp_path / "text.png").write_text("no image")
-    wait_for(page, lambda said: said.startswith("ready"))
+    wait_for(page, lambda text: text.startswith("Ready"))
     page.find_element("id", "file").send_keys(str(tmp_path / "text.png"))
-    wait_for(page, lambda said: "text.png: is no image that this browser reads" in said)
+    wait_for(page, lambda text: "text.png: this browser cannot read it as an image" in text)
     assert page.find_element("id", "file").is_enabled()
 
 
-def test_mistakes_are_named(tmp_path, exported, monkeypatch):
+def test_mistakes_are_reported(tmp_path, exported, monkeypatch):
     with pytest.raises(InputError, match=r"absent\.onnx: no such file"):
         build_server(tmp_path / "absent.onnx")
     (tmp_path / "m.onnx").touch()
-    with pytest.raises(InputError, match=r"m\.onnx: was not made by tools/export_onnx\.py"):
+    with pytest.raises(InputError, match=r"m\.onnx: has no metadata smsr_scale; .*tools/export_onnx\.py"):
         build_server(tmp_path / "m.onnx")
     (tmp_path / "m.onnx").write_bytes((exported / "w.onnx").read_bytes())
     monkeypatch.setattr("tools.serve_web.FOLDER", tmp_path)

@@ -1,0 +1,162 @@
+"""The folder of a run, experiment/<name>: options, checkpoint, weights, console log, lock."""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utility import InputError, logger, remove_unfinished, save_torch, write_json
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+_locks: set[int] = set()  # descriptors of folders that this process has locked
+
+
+def _release_locks():
+    for descriptor in _locks:
+        os.close(descriptor)
+
+
+if fcntl:  # a forked process would hold the locks too, and may outlive a killed parent
+    os.register_at_fork(after_in_child=_release_locks)
+
+
+class Experiment:
+    """The folder of a run, experiment/<name>:
+
+    options.json              the options it was started with
+    log.txt, log.csv          the console log; one row per epoch
+    loss.png, psnr.png, active_share.png, masks.png
+    tensorboard/              the same numbers and images, with --tensorboard
+    checkpoint.pt             everything needed to resume
+    model/                    weights alone: model_latest.pt, model_best.pt, model_<epoch>.pt
+    results-<set>-x<scale>/   the results of a test
+
+    Raises InputError if the name is not a valid folder name.
+    """
+
+    def __init__(self, name: str, root: str | Path = "experiment"):
+        if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
+            raise InputError(f"{name!r} is not a valid run name; use letters, digits and . _ + -", argument="save")
+        self.name = name
+        self.folder = Path(root) / name
+        self.checkpoint_path = self.folder / "checkpoint.pt"
+
+    def exists(self) -> bool:
+        """Whether the folder holds anything."""
+        return self.folder.is_dir() and any(self.folder.iterdir())
+
+    def contains(self, path: str | Path) -> bool:
+        """Whether a file lies in the folder."""
+        return self.folder.resolve() in Path(path).resolve().parents
+
+    def create(self, reset: bool = False) -> None:
+        """Make the folder. Raises InputError if it already contains something, unless `reset`: then it is emptied."""
+        if self.exists() and not reset:
+            raise InputError(f"{self.folder}: already contains a run; choose another name")
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+
+    def create_results(self, set_name: str, scale: int, reset: bool = False) -> Path:
+        """Make the folder of a test and return it; with `reset` it is emptied."""
+        folder = self.folder / f"results-{set_name}-x{scale}"
+        if reset and folder.is_dir():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training in this folder. Raises InputError if one already does."""
+        with contextlib.ExitStack() as stack:
+            if fcntl and self.folder.is_dir():
+                folder = os.open(self.folder, os.O_RDONLY)
+                _locks.add(folder)
+                stack.callback(os.close, folder)
+                stack.callback(_locks.remove, folder)
+                try:
+                    fcntl.flock(
+                        folder, fcntl.LOCK_EX | fcntl.LOCK_NB
+                    )  # released when the process ends, however it does
+                except BlockingIOError:
+                    raise InputError(
+                        f"{self.folder}: another process is training there; wait for it or stop it"
+                    ) from None
+                except OSError:  # a file system without locks
+                    pass
+                else:
+                    for written in (self.folder, self.folder / "model"):
+                        remove_unfinished(written)
+            yield
+
+    @contextlib.contextmanager
+    def log_file(self) -> Iterator[None]:
+        """Copy the console log to log.txt."""
+        handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+
+    def weights_path(self, which: str | int) -> Path:
+        """The weights file of `which`: 'best', 'latest' or an epoch."""
+        return self.folder / "model" / f"model_{which}.pt"
+
+    def save_weights(self, which: str | int, state_dict: dict[str, torch.Tensor]) -> None:
+        save_torch(self.weights_path(which), state_dict)
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        save_torch(self.checkpoint_path, state)
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """Read checkpoint.pt, as `trainer.Trainer.state` wrote it. Raises InputError if it is missing or broken."""
+        path = self.checkpoint_path
+        if not path.is_file():
+            raise InputError(f"{path}: does not exist; there is no run to resume", argument="load")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # a broken file may raise nearly anything
+            state = None
+        if not isinstance(state, dict) or not {"model", "optimizer", "epoch"} <= state.keys():
+            raise InputError(
+                f"{path}: not the checkpoint of a run, or broken; start another run from the weights in "
+                f"{self.weights_path('latest')}",
+                argument="load",
+            )
+        return state
+
+    def load_options(self) -> dict[str, Any]:
+        """Read the options that the run was started with. Raises InputError if they are missing or broken."""
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder}: does not exist; there is no run to resume", argument="load")
+        path = self.folder / "options.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))["options"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{path}: missing or broken; start another run from the weights in {self.folder / 'model'}",
+                argument="load",
+            ) from None
+
+
+def write_options(path: Path, options: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Write the options of a run, which of them differ from the defaults, and the versions it ran on."""
+    changed = {key: value for key, value in options.items() if value != defaults[key]}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    write_json(path, {"changed": changed, "options": options, "versions": versions})

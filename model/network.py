@@ -1,0 +1,151 @@
+"""What every network here offers: its settings, conversion from and to 8-bit images, and the cost of a forward pass."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from model.common import mean_color
+from utility import InputError
+
+MEAN_SHIFTS = ("sub_mean.", "add_mean.")  # published checkpoints keep the mean as two fixed convolutions
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one or several forward passes. Costs add up: `cost + cost`.
+
+    pixels      low-resolution pixels processed, padding and overlaps included
+    macs        multiply-adds of the convolutions that the masks require, as the paper counts them
+    macs_dense  multiply-adds of the same network if nothing is skipped
+    macs_run    multiply-adds executed: `macs` and the overhead of skipping
+    important   important pixels in the mask of each SMM; empty for a dense network
+    active      active share of the sparse convolutions (1: nothing skipped), times `pixels`
+    masks       of each SMM, bool (N, 1, H, W), true where a pixel is important; dropped by addition
+    """
+
+    pixels: int
+    macs: int
+    macs_dense: int
+    macs_run: int
+    important: tuple[int, ...] = ()
+    active: float = 0.0
+    masks: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            pixels=self.pixels + other.pixels,
+            macs=self.macs + other.macs,
+            macs_dense=self.macs_dense + other.macs_dense,
+            macs_run=self.macs_run + other.macs_run,
+            important=tuple(a + b for a, b in zip(self.important, other.important, strict=True)),
+            active=self.active + other.active,
+        )
+
+    @property
+    def mask_density(self) -> list[float]:
+        """Share of important pixels in the mask of each SMM, 0...1."""
+        return [count / self.pixels for count in self.important]
+
+    @property
+    def active_share(self) -> float:
+        """Share of the work of the sparse convolutions that was done, 0...1."""
+        return self.active / self.pixels
+
+
+Predict = Callable[[torch.Tensor], tuple[torch.Tensor, Cost]]  # LR images -> SR images and their cost
+
+
+class Network(nn.Module):
+    """A super-resolution network. Images are (N, n_colors, H, W) in 0...rgb_range, with any H and W >= 1.
+
+    A subclass defines `forward(x)`, `training_forward(x, tau)` -> (SR, [(m, c), ...]), `inference(x, mode, tile)` ->
+    (SR, Cost), and the static methods `hyperparameters(state_dict)` and `translate(state_dict)`.
+
+    Args:
+        scale: upscaling factor
+        n_feats: feature channels
+        n_colors: image channels
+        rgb_range: largest pixel value; like every name in `settings` it is saved with the weights
+    """
+
+    settings = ("rgb_range",)  # buffers that change what the network computes
+
+    def __init__(self, scale: int, n_feats: int, n_colors: int = 3, rgb_range: float = 255):
+        super().__init__()
+        self.scale, self.n_feats, self.n_colors = scale, n_feats, n_colors
+        self.register_buffer("rgb_range", torch.tensor(float(rgb_range)))
+        self.register_buffer("mean", mean_color(n_colors, rgb_range), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mean.dtype
+
+    def to_input(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """uint8 (N, H, W, n_colors) -> (N, n_colors, H, W) in 0...rgb_range, channels-last, as the network takes it."""
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(np.require(images, requirements=("C", "W")))
+        x = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float(memory_format=torch.channels_last)
+        return (x * (self.rgb_range.float() / 255)).to(self.dtype)
+
+    def to_images(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, n_colors, H, W) in 0...rgb_range -> uint8 (N, H, W, n_colors), clamped and rounded, on its device."""
+        x = (x.float() * (255 / self.rgb_range.float())).clamp(0, 255).round()
+        return x.byte().permute(0, 2, 3, 1)
+
+    @torch.no_grad()
+    def upscale(self, image: np.ndarray, predict: Predict | None = None) -> np.ndarray:
+        """uint8 (H, W, n_colors) -> uint8 (scale H, scale W, n_colors).
+
+        predict: runs the network, see inference.build_predictor; None: self.inference
+        Raises InputError if the array is not such an image.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != self.n_colors or not image.size:
+            raise InputError(
+                f"this network upscales uint8 arrays (H, W, {self.n_colors}), not {image.dtype} {image.shape}; "
+                "convert the image"
+            )
+        sr, _ = (predict or self.inference)(self.to_input(image[None]))
+        return self.to_images(sr)[0].cpu().numpy()
+
+    def _apply_settings(self) -> None:
+        """Derive what depends on the settings; called after they were loaded."""
+        self.mean = mean_color(self.n_colors, self.rgb_range.float().cpu()).to(self.mean)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for name in self.settings:  # weights of version 0.1.0 lack them: keep the values from the constructor
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._apply_settings()
+
+
+def stored_settings(network: type[Network], state_dict: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The settings that translated weights record, without the rounding of float32: 0.1, not 0.10000000149."""
+    present = [name for name in network.settings if name in state_dict and state_dict[name].numel() == 1]
+    return {name: float(f"{state_dict[name].item():.6g}") for name in present}
+
+
+def drop_mean_shifts(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Replace the mean shifts of published checkpoints by the value range that they imply, as "rgb_range"."""
+    kept = {key: value for key, value in state_dict.items() if not key.startswith(MEAN_SHIFTS)}
+    bias = state_dict.get("sub_mean.bias")  # -rgb_range * mean
+    if bias is not None and bias.ndim == 1 and len(bias):
+        rgb_range = float(f"{-bias.double().mean() / mean_color(len(bias), 1).mean():.6g}")
+        if torch.allclose(-bias.float(), mean_color(len(bias), rgb_range).flatten(), rtol=1e-3):  # no other mean
+            kept.setdefault("rgb_range", torch.tensor(rgb_range))
+    return kept
+
+
+def conv_macs(module: nn.Module) -> int:
+    """Multiply-adds of all convolutions in `module` per pixel of the grid they write to."""
+    return sum(
+        conv.in_channels * conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]
+        for conv in module.modules()
+        if isinstance(conv, nn.Conv2d)
+    )

@@ -1,0 +1,137 @@
+"""What a training reports: running means, log.csv and its curves, TensorBoard."""
+
+import csv
+import importlib.util
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distributed
+import visualize
+from utility import InputError, write_whole
+
+Row = dict[str, float]  # the numbers of one epoch, by column of log.csv
+
+CURVES = (
+    ("loss.png", "loss", "loss"),
+    ("psnr.png", "PSNR (dB)", "psnr"),
+    ("active_share.png", "active share", "active"),
+)
+
+
+class RunningMeans:
+    """Means over the good steps of an epoch. Sums stay on the device, so that adding to them does not wait for it.
+
+    A step is skipped, and only counted, if its loss or gradient is not finite or its loss is far off.
+    """
+
+    def __init__(self, device: torch.device):
+        self.skipped = torch.zeros(2, device=device)  # skipped steps: in this epoch, and in a row
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        self.names: Sequence[str] = ()
+        self.sums: torch.Tensor | None = None  # over the good steps; the last entry is their number
+        self.skipped[0] = 0
+        self._reported = 0
+
+    def add(self, names: Sequence[str], values: torch.Tensor, is_good: torch.Tensor) -> None:
+        """Add the values (K,) of a step under their names, if it `is_good`, a bool tensor ()."""
+        self.names = names
+        values = torch.where(is_good, torch.cat([values, values.new_ones(1)]), 0)
+        self.sums = values if self.sums is None else self.sums + values
+        is_skipped = (~is_good).float()
+        self.skipped = torch.stack([self.skipped[0] + is_skipped, (self.skipped[1] + 1) * is_skipped])
+
+    def means(self) -> Row:
+        """The means so far, with "loss" and "active" always among them; nan before the first good step."""
+        *values, count = self.sums.tolist() if self.sums is not None else [0]
+        means = {name: value / count if count else math.nan for name, value in zip(self.names, values, strict=True)}
+        active = [value for name, value in means.items() if name.startswith("active_")]
+        return {"loss": math.nan, **means, "active": sum(active) / len(active) if active else math.nan}
+
+    def skipped_steps(self) -> tuple[int, int]:
+        """The number of steps skipped since the last call in this epoch, and without a good step since."""
+        in_epoch, in_a_row = (int(number) for number in self.skipped.tolist())
+        since_last_call, self._reported = in_epoch - self._reported, in_epoch
+        return since_last_call, in_a_row
+
+    def average_over_processes(self) -> None:
+        if self.sums is not None:
+            distributed.average([self.sums])
+
+    def state(self) -> dict[str, Any]:
+        return {"names": self.names, "sums": self.sums, "bad": self.skipped}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.names, self.skipped = state["names"], state["bad"].to(self.skipped.device)
+        self.sums = None if state["sums"] is None else state["sums"].to(self.skipped.device)
+        self._reported = int(self.skipped[0])
+
+
+def mask_histogram(masks: Sequence[torch.Tensor]) -> Row:
+    """K masks m (N, 1, H, W) in 0...1 -> {"mask_0.3": the share of pixels with m from 0.3 to 0.4, ...}."""
+    m = torch.cat([mask.flatten().float() for mask in masks])
+    counts = torch.histc(m, bins=10, min=0, max=1) / m.numel()
+    return {f"mask_{index / 10}": value for index, value in enumerate(counts.tolist())}
+
+
+def write_history(folder: Path, history: Sequence[Row]) -> None:
+    """Write log.csv, one row per epoch, and the curves of its columns to the folder of a run."""
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in history)
+    write_whole(folder / "log.csv", text.getvalue().encode())
+    for file, label, prefix in CURVES:
+        drawn = [key for key in columns if key.startswith(prefix)]
+        write_whole(folder / file, visualize.curves(history, drawn, label))
+    bins = [key for key in columns if key.startswith("mask_")]
+    if bins:
+        write_whole(folder / "masks.png", visualize.mask_curves(history, bins))
+
+
+def check_tensorboard() -> None:
+    """Raise InputError if the optional tensorboard package is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InputError("the package is not installed; pip install tensorboard", argument="tensorboard")
+
+
+class TensorBoard:
+    """Writes <folder>/tensorboard: the numbers of log.csv, and images.
+
+    Args:
+        folder: of the run
+        images_every: epochs between two sets of images
+    """
+
+    def __init__(self, folder: Path, images_every: int = 10):
+        from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+        self.writer = SummaryWriter(folder / "tensorboard")
+        self.images_every = images_every
+
+    def write(self, row: Row, model: torch.nn.Module, images: Sequence) -> None:
+        """Write the numbers of an epoch and, every few epochs, the first of the `images` (WholeImages) with masks."""
+        epoch = row["epoch"]
+        for name, value in row.items():
+            if name != "epoch":
+                self.writer.add_scalar(name.replace("_", "/", 1), value, epoch)
+        if (epoch - 1) % self.images_every == 0:
+            self._write_images(epoch, model, images)
+        self.writer.flush()
+
+    @torch.no_grad()
+    def _write_images(self, epoch, model, images):
+        name, lr, hr = images[0]
+        model.eval()
+        sr, cost = model.inference(model.to_input(lr[None]))
+        for title, image in (("LR", lr), ("SR", model.to_images(sr)[0]), ("HR", hr)):
+            self.writer.add_image(f"{name}/{title}", image, epoch, dataformats="HWC")
+        for k, mask in enumerate(cost.masks):
+            self.writer.add_image(f"{name}/mask {k + 1}", mask[0].float(), epoch)

@@ -1,0 +1,173 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import Experiment, write_options
+from utility import InputError, logger, save_torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """A run with an empty folder."""
+    created = Experiment("run", tmp_path)
+    created.create()
+    return created
+
+
+def test_options_round_trip_and_changed_ones_are_listed(experiment):
+    path = experiment.folder / "options.json"
+    with pytest.raises(InputError, match=r"options\.json: missing or broken"):
+        experiment.load_options()
+    write_options(path, {"lr": 2e-4, "decay": [100]}, {"lr": 2e-4, "decay": [200]})
+    written = json.loads(path.read_text())
+    assert written["changed"] == {"decay": [100]}
+    assert set(written["versions"]) == {"python", "torch", "numpy"}
+    assert experiment.load_options() == {"lr": 2e-4, "decay": [100]}
+    for broken in ("[", "[]", "{}", '{"options": 1}'):
+        path.write_text(broken)
+        with pytest.raises(
+            InputError, match=r"options\.json: missing or broken; start another run from .*model"
+        ) as error:
+            experiment.load_options()
+        assert error.value.for_command_line().startswith(f"--load: {path}: ")
+
+
+def test_a_run_without_a_folder_cannot_be_resumed(tmp_path):
+    experiment = Experiment("absent", tmp_path)
+    for load in (experiment.load_options, experiment.load_checkpoint):
+        with pytest.raises(InputError, match=r"absent.*: does not exist; there is no run to resume") as error:
+            load()
+        assert error.value.argument == "load"
+    assert not experiment.exists()
+    assert not experiment.folder.exists()
+
+
+def test_the_console_log_is_copied_until_the_run_ends(experiment, caplog):
+    caplog.set_level("INFO")
+    with experiment.log_file():
+        logger.info("inside")
+    logger.info("outside")
+    text = (experiment.folder / "log.txt").read_text()
+    assert "inside" in text
+    assert "outside" not in text
+    with experiment.log_file():
+        logger.info("resumed → later")
+    text = (experiment.folder / "log.txt").read_text(encoding="utf-8")
+    assert [line.split(maxsplit=2)[2] for line in text.splitlines()] == ["inside", "resumed → later"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../up", "a/b", "a\\b", "/root", "~", "a b", "a\n"])
+def test_the_name_of_a_run_is_a_plain_folder_name(name, tmp_path):
+    with pytest.raises(InputError, match="is not a valid run name; use letters") as error:
+        Experiment(name, tmp_path)
+    line = error.value.for_command_line()
+    assert line.startswith("--save: ")
+    assert "\n" not in line
+
+
+def test_a_run_is_not_overwritten_and_reset_deletes_only_this_run(tmp_path, experiment):
+    other = Experiment("other", tmp_path)
+    other.create()
+    experiment.create()  # the folder is empty: there is nothing to lose
+    assert not experiment.exists()
+    (experiment.folder / "notes").write_text("")
+    assert experiment.exists()
+    with pytest.raises(InputError, match=r"run: already contains a run; choose another name"):
+        experiment.create()
+    assert (experiment.folder / "notes").exists()
+    experiment.create(reset=True)
+    assert list(experiment.folder.iterdir()) == []
+    assert other.folder.is_dir()
+
+
+def test_a_run_contains_the_files_in_its_folder(tmp_path, monkeypatch, experiment):
+    assert experiment.contains(experiment.weights_path("best"))
+    assert experiment.contains(str(experiment.folder / "notes"))
+    assert not experiment.contains(tmp_path / "weights.pt")
+    assert not experiment.contains(experiment.folder / "../weights.pt")
+    assert not experiment.contains(tmp_path / "run2/weights.pt")
+    monkeypatch.chdir(experiment.folder)
+    assert experiment.contains("weights.pt")
+    (tmp_path / "link").symlink_to(experiment.folder)
+    assert experiment.contains(tmp_path / "link/weights.pt")
+
+
+def test_results_have_a_folder_per_set_and_scale_that_reset_empties(experiment):
+    folder = experiment.create_results("Set5", 2)
+    assert folder == experiment.folder / "results-Set5-x2"
+    (folder / "metrics.json").touch()
+    other = experiment.create_results("Set5", 3)
+    (other / "metrics.json").touch()
+    assert experiment.create_results("Set5", 2) == folder
+    assert (folder / "metrics.json").exists()
+    experiment.create_results("Set5", 2, reset=True)
+    assert list(folder.iterdir()) == []
+    assert (other / "metrics.json").exists()
+
+
+def test_weights_are_saved_under_their_names(experiment):
+    weights = {"head.0.weight": torch.arange(3.0)}
+    for which in ("best", "latest", 7):
+        experiment.save_weights(which, weights)
+        path = experiment.folder / f"model/model_{which}.pt"
+        assert path == experiment.weights_path(which)
+        assert torch.equal(torch.load(path, weights_only=True)["head.0.weight"], weights["head.0.weight"])
+
+
+def test_a_broken_checkpoint_is_named(experiment):
+    state = {"epoch": 3, "model": {}, "optimizer": {}}
+    experiment.save_checkpoint(state)
+    assert experiment.checkpoint_path == experiment.folder / "checkpoint.pt"
+    assert experiment.load_checkpoint() == state
+    advice = r"checkpoint\.pt: not the checkpoint of a run, or broken; start another run .*model_latest\.pt"
+    for broken in ({"head.0.weight": torch.zeros(1)}, [1], {"model": {}, "epoch": 1}):
+        save_torch(experiment.checkpoint_path, broken)
+        with pytest.raises(InputError, match=advice):
+            experiment.load_checkpoint()
+    for broken in (b"broken", b""):
+        experiment.checkpoint_path.write_bytes(broken)
+        with pytest.raises(InputError, match=advice) as error:
+            experiment.load_checkpoint()
+        assert error.value.for_command_line().startswith(f"--load: {experiment.checkpoint_path}: ")
+
+
+def test_a_resumed_run_removes_unfinished_files_of_killed_processes(experiment):
+    unfinished = [experiment.folder / ".checkpoint.pt.1.tmp", experiment.folder / "model/.model_best.pt.1.tmp"]
+    kept = [experiment.folder / "checkpoint.pt", experiment.folder / "results-Set5-x2/.img_x2_SR.png.2.tmp"]
+    for path in unfinished + kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with experiment.lock():
+        assert [path.exists() for path in unfinished + kept] == [False, False, True, True]
+
+
+PROGRAM = """
+import sys; sys.path.insert(0, sys.argv[1])
+from checkpoint import Experiment
+with Experiment("run", sys.argv[2]).lock():
+    pass
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_only_one_process_trains_in_a_folder(tmp_path, experiment):
+    with experiment.lock():
+        with pytest.raises(InputError, match="run: another process is training there; wait for it or stop it"):
+            experiment.lock().__enter__()
+        done = subprocess.run([sys.executable, "-c", PROGRAM, ROOT, tmp_path], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].endswith("another process is training there; wait for it or stop it")
+    with experiment.lock():
+        pass
+
+
+def test_a_folder_that_does_not_exist_needs_no_lock(tmp_path):
+    experiment = Experiment("absent", tmp_path)
+    with experiment.lock():
+        assert not experiment.folder.exists()

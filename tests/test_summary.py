@@ -1,0 +1,203 @@
+import io
+import math
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import summary
+from data import DataSettings, build_test_sets
+from summary import RunningMeans, TensorBoard, check_tensorboard, mask_histogram, write_history
+from utility import InputError
+
+# ---- running means ---------------------------------------------------------------------------------------------------
+
+NAMES = ["loss", "loss_L1", "active_1", "active_2", "grad_norm"]
+CPU = torch.device("cpu")
+
+numbers = st.floats(-1000, 1000, width=32)
+good_steps = st.tuples(st.lists(numbers, min_size=5, max_size=5), st.just(True))
+skipped_steps = st.tuples(
+    st.lists(numbers | st.sampled_from([math.nan, math.inf, -math.inf]), min_size=5, max_size=5), st.just(False)
+)
+epochs = st.lists(good_steps | skipped_steps, max_size=12)
+
+
+def add(means, steps):
+    for values, is_good in steps:
+        means.add(NAMES, torch.tensor(values), torch.tensor(is_good))
+
+
+def through_a_file(state):
+    """A state as it returns from checkpoint.pt."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def assert_same(means, other):
+    """Two RunningMeans agree in every bit."""
+    assert means.names == other.names
+    assert torch.equal(means.skipped, other.skipped)
+    assert (means.sums is None) == (other.sums is None)
+    assert means.sums is None or torch.equal(means.sums, other.sums)
+    assert repr(means.means()) == repr(other.means())  # repr, since nan differs from itself
+
+
+@given(epochs)
+def test_the_means_are_those_of_the_good_steps(steps):
+    means = RunningMeans(CPU)
+    add(means, steps)
+    good = np.array([values for values, is_good in steps if is_good], np.float64)
+    found = means.means()
+    if not steps:
+        assert list(found) == ["loss", "active"]
+    else:
+        assert list(found) == [*NAMES, "active"]
+    if len(good) == 0:
+        assert all(math.isnan(value) for value in found.values())
+        return
+    expected = dict(zip(NAMES, good.mean(0), strict=True))
+    expected["active"] = good[:, 2:4].mean()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-3)  # sums of up to 12000 in float32
+
+
+@given(epochs)
+def test_skipped_steps_are_counted_and_leave_the_means_as_they_were(steps):
+    means, good_alone = RunningMeans(CPU), RunningMeans(CPU)
+    add(means, steps)
+    add(good_alone, [step for step in steps if step[1]])
+    if good_alone.sums is not None:
+        assert torch.equal(means.sums, good_alone.sums)
+    flags = [is_good for _, is_good in steps]
+    in_a_row = flags[::-1].index(True) if True in flags else len(flags)
+    assert means.skipped.tolist() == [flags.count(False), in_a_row]
+    assert means.skipped_steps() == (flags.count(False), in_a_row)
+    assert means.skipped_steps() == (0, in_a_row)
+
+
+@given(epochs, epochs)
+def test_skipped_steps_are_reported_once(first, second):
+    means = RunningMeans(CPU)
+    reported = 0
+    for steps in (first, second):
+        add(means, steps)
+        reported += means.skipped_steps()[0]
+    assert reported == means.skipped[0] == sum(not is_good for _, is_good in first + second)
+
+
+@given(epochs, epochs)
+def test_resumed_means_are_bit_identical(first, second):
+    whole, half, resumed = RunningMeans(CPU), RunningMeans(CPU), RunningMeans(CPU)
+    add(whole, first + second)
+    add(half, first)
+    resumed.load_state(through_a_file(half.state()))
+    assert_same(resumed, half)
+    assert resumed.skipped_steps()[0] == 0  # they were reported before
+    add(resumed, second)
+    assert_same(resumed, whole)
+
+
+@given(epochs, epochs)
+def test_an_epoch_starts_from_nothing_but_the_skipped_steps_in_a_row(first, second):
+    means, fresh = RunningMeans(CPU), RunningMeans(CPU)
+    add(means, first)
+    in_a_row = means.skipped_steps()[1]
+    means.start_epoch()
+    assert means.skipped.tolist() == [0, in_a_row]
+    assert repr(means.means()) == repr(fresh.means())
+    add(means, second)
+    add(fresh, second)
+    assert repr(means.means()) == repr(fresh.means())
+    n_skipped = sum(not is_good for _, is_good in second)
+    all_skipped = n_skipped == len(second)
+    assert means.skipped_steps() == (n_skipped, fresh.skipped_steps()[1] + (in_a_row if all_skipped else 0))
+
+
+@given(epochs.filter(bool), epochs.filter(bool))
+def test_several_processes_report_the_means_over_all_their_steps(ours, theirs):
+    means, others, together = RunningMeans(CPU), RunningMeans(CPU), RunningMeans(CPU)
+    add(means, ours)
+    add(others, theirs)
+    add(together, ours + theirs)
+
+    def average(tensors):
+        for tensor in tensors:
+            tensor.add_(others.sums).div_(2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distributed.average", average)
+        means.average_over_processes()
+        RunningMeans(CPU).average_over_processes()  # before the first step there is nothing to average
+    for name, value in together.means().items():
+        np.testing.assert_allclose(means.means()[name], value, rtol=1e-4, atol=1e-3, equal_nan=True)
+
+
+def test_a_network_without_masks_has_one_active_share():
+    means = RunningMeans(CPU)
+    means.add(["loss", "active_1", "grad_norm"], torch.tensor([2.0, 1.0, 0.5]), torch.tensor(True))
+    assert means.means() == {"loss": 2.0, "active_1": 1.0, "grad_norm": 0.5, "active": 1.0}
+
+
+# ---- histogram, log.csv and curves -----------------------------------------------------------------------------------
+
+
+def test_mask_histogram():
+    masks = [torch.full((1, 1, 2, 2), 0.05), torch.tensor([0.0, 1.0, 0.95, 0.55]).view(1, 1, 2, 2)]
+    histogram = mask_histogram(masks)
+    assert list(histogram) == [f"mask_{index / 10}" for index in range(10)]
+    assert [histogram[f"mask_{edge}"] for edge in (0.0, 0.5, 0.9)] == [5 / 8, 1 / 8, 2 / 8]
+    assert sum(histogram.values()) == 1
+
+
+def test_the_histogram_of_16_bit_masks_is_that_of_their_values():
+    masks = [torch.rand(2, 1, 7, 9).to(torch.bfloat16) for _ in range(3)]
+    counts, _ = np.histogram(np.concatenate([m.float().numpy().ravel() for m in masks]), np.arange(11) / np.float32(10))
+    assert list(mask_histogram(masks).values()) == pytest.approx(counts / (3 * 2 * 7 * 9))
+
+
+def test_history_is_written_as_a_table_and_as_curves(tmp_path):
+    history = [{"epoch": 1, "loss": 2.0, "active": 0.9}, {"epoch": 2, "loss": 1.0, "active": 0.8, "psnr_y_Set5": 30.0}]
+    write_history(tmp_path, history)
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert lines == ["epoch,loss,active,psnr_y_Set5", "1,2,0.9,", "2,1,0.8,30"]
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("loss", "psnr", "active_share"))
+    assert not (tmp_path / "masks.png").exists()
+    write_history(tmp_path, [row | mask_histogram([torch.rand(1, 1, 4, 4)]) for row in history])
+    assert (tmp_path / "masks.png").stat().st_size > 1000
+
+
+# ---- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_tensorboard_is_reported_with_the_way_to_install_it(monkeypatch):
+    monkeypatch.setattr(summary.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install tensorboard") as caught:
+        check_tensorboard()
+    assert caught.value.argument == "tensorboard"
+
+
+def test_tensorboard_gets_the_numbers_of_each_epoch_and_images_of_some(tmp_path, make_set, tiny):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    check_tensorboard()
+    (images,) = build_test_sets(["Tiny"], DataSettings(str(make_set(count=1))))
+    board = TensorBoard(tmp_path, images_every=2)
+    for epoch in (1, 2, 3):
+        board.write({"epoch": epoch, "loss": 1 / epoch, "psnr_y_Tiny": 30.0 + epoch}, tiny, images)
+    board.writer.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0}).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["loss", "psnr/y_Tiny"]
+    assert [(event.step, event.value) for event in events.Scalars("psnr/y_Tiny")] == [(1, 31), (2, 32), (3, 33)]
+    assert sorted(events.Tags()["images"]) == [f"img0/{title}" for title in ("HR", "LR", "SR", "mask 1", "mask 2")]
+    written = {title: events.Images(f"img0/{title}") for title in ("HR", "LR", "SR", "mask 1")}
+    assert all([event.step for event in events] == [1, 3] for events in written.values())
+    sizes = {title: (events[0].height, events[0].width) for title, events in written.items()}
+    assert sizes == {"HR": (40, 48), "LR": (20, 24), "SR": (40, 48), "mask 1": (20, 24)}
+    _, lr, hr = images[0]
+    for title, image in (("LR", lr), ("SR", tiny.eval().upscale(lr)), ("HR", hr)):
+        assert np.array_equal(iio.imread(written[title][-1].encoded_image_string), image)

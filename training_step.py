@@ -1,0 +1,220 @@
+"""One step of a training: forward, losses, backward, update."""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_value_, get_total_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import distributed
+from loss import Loss
+from loss.sparsity import active_shares
+from model.network import Network
+from utility import InputError
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Which optimizer, and its constants."""
+
+    name: str = "ADAM"  # or SGD, RMSprop
+    lr: float = 2e-4
+    betas: Sequence[float] = (0.9, 0.999)  # of ADAM
+    epsilon: float = 1e-8  # of ADAM and RMSprop
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 0.0
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Build the optimizer of some parameters. Raises InputError if none has that name."""
+    name, lr, weight_decay = settings.name, settings.lr, settings.weight_decay
+    if name == "ADAM":
+        betas = tuple(settings.betas)
+        return torch.optim.Adam(parameters, lr, betas, settings.epsilon, weight_decay=weight_decay, fused=True)
+    if name == "SGD":
+        optimizer = torch.optim.SGD(parameters, lr, settings.momentum, weight_decay=weight_decay, fused=True)
+        if settings.momentum:  # PyTorch would leave it uninitialized if the first step is skipped
+            for parameter in optimizer.param_groups[0]["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
+    if name == "RMSprop":
+        return torch.optim.RMSprop(parameters, lr, eps=settings.epsilon, weight_decay=weight_decay)
+    raise InputError(f"no such optimizer {name!r}; there are ADAM, SGD, RMSprop", argument="optimizer")
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step runs."""
+
+    gclip: float = 0.0  # clips each gradient value to +-gclip; 0: off
+    split_batch: int = 1  # parts in which a batch runs, to save memory
+    precision: torch.dtype = torch.float32  # of the convolutions; weights, losses and updates are float32
+    compile: bool = False  # compile forward and backward
+    ema: float = 0.0  # decay of a moving average of the weights; 0: off
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports, on the device.
+
+    names    of the K values: "loss", "loss_<term>" ..., "active_<module>" ..., "grad_norm"
+    values   (K,)
+    is_good  bool (): the gradient was finite, so the step was not skipped
+    masks    soft spatial masks m (N, 1, H, W) of the modules, from the last part of the batch
+    """
+
+    names: Sequence[str]
+    values: torch.Tensor
+    is_good: torch.Tensor
+    masks: Sequence[torch.Tensor]
+
+
+class TrainingForward(nn.Module):
+    """A network in the form that DistributedDataParallel and torch.compile need: its call is the training forward."""
+
+    def __init__(self, model: Network):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, list]:
+        return self.model.training_forward(x, tau)
+
+
+class TrainingStep:
+    """A call takes one step of a training. It waits for the device only with RMSprop or with an average on a GPU.
+
+    The device decides whether a step is skipped because its loss or gradient is not finite, or its loss far off.
+
+    Args:
+        model: on its device
+        criterion: on the same device
+        optimizer: of the model's parameters
+    """
+
+    def __init__(self, model: Network, criterion: Loss, optimizer: torch.optim.Optimizer, settings: StepSettings):
+        self.model, self.criterion, self.optimizer, self.settings = model, criterion, optimizer, settings
+        self.forward = _build_forward(model, settings.compile)
+        # It also skips steps without asking the device, and scales only where float16 needs that.
+        self.scaler = torch.amp.GradScaler(
+            model.device.type,
+            init_scale=2.0**16 if settings.precision == torch.float16 else 1.0,
+            enabled=model.device.type != "mps",
+        )
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)) if settings.ema else None
+
+    def __call__(
+        self,
+        lr_images: torch.Tensor,
+        hr_images: torch.Tensor,
+        tau: torch.Tensor,
+        lambda_: torch.Tensor,
+        noise_seed: int,
+        largest_loss: float = math.inf,
+    ) -> StepResult:
+        """LR (N, C, P, P) and HR (N, C, sP, sP) in 0...rgb_range; tau and lambda_ are tensors ().
+
+        noise_seed seeds the noise of the masks; a loss above largest_loss skips the step.
+        """
+        torch.manual_seed(noise_seed)
+        self.optimizer.zero_grad()
+        names, values, masks = self._backward((lr_images, hr_images), tau, lambda_, largest_loss)
+        norm = self._update()
+        return StepResult([*names, "grad_norm"], torch.cat([values, norm[None]]), norm.isfinite(), masks)
+
+    def set_learning_rate(self, lr: float) -> None:
+        self.criterion.set_learning_rate(lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _backward(self, images, tau, lambda_, largest_loss):
+        """Compute the gradients of a batch, part by part."""
+        parts = list(zip(*(batch.chunk(self.settings.split_batch) for batch in images), strict=True))
+        precision, values = self.settings.precision, 0
+        for index, (lr, hr) in enumerate(parts):
+            is_last, share = index == len(parts) - 1, len(lr) / len(images[0])
+            with contextlib.nullcontext() if is_last else self._without_gradient_exchange():
+                with torch.autocast(self.model.device.type, precision, enabled=precision != torch.float32):
+                    sr, masks = self.forward(lr, tau)
+                loss, losses = self.criterion(sr.float(), hr)
+                active = active_shares(masks) if masks else loss.new_ones(1)
+                if masks:
+                    loss = loss + lambda_ * active.mean()
+                loss = loss * share
+                terms = [term * share for term in losses.values()]
+                values = values + torch.stack([loss, *terms, *active * share]).detach()
+                if is_last:  # a gradient of NaN makes the optimizer skip the step; a loss of NaN is not accepted
+                    is_accepted = values[0].isfinite() & (values[0] <= largest_loss)
+                    loss = loss * torch.where(is_accepted, 1.0, math.nan)
+                self.scaler.scale(loss).backward()
+        names = ["loss", *(f"loss_{name}" for name in losses), *(f"active_{k + 1}" for k in range(len(active)))]
+        return names, values, [m.detach() for m, _ in masks]
+
+    def _without_gradient_exchange(self):
+        return self.forward.no_sync() if distributed.world_size() > 1 else contextlib.nullcontext()
+
+    def _update(self):
+        """Let the optimizer take the step unless a gradient is not finite; returns the norm of the gradient, ()."""
+        self.scaler.unscale_(self.optimizer)
+        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if self.settings.gclip:
+            clip_grad_value_(self.model.parameters(), self.settings.gclip)
+        if self.scaler.is_enabled() or norm.isfinite():
+            self.scaler.step(self.optimizer)
+        self.scaler.update(None if self.settings.precision == torch.float16 else 1.0)
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        """The part of a checkpoint that steps change."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_name": type(self.optimizer).__name__,
+            "scaler": self.scaler.state_dict() if self.settings.precision == torch.float16 else None,
+            "criterion": self.criterion.learned_state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore everything but the weights, which the model has already, and the settings of the optimizer.
+
+        Raises InputError if the state has another optimizer or lacks a discriminator of the loss.
+        """
+        name = type(self.optimizer).__name__
+        if state["optimizer_name"] != name:
+            raise InputError(
+                f"the run uses {state['optimizer_name']} and cannot resume with {name}; leave it out",
+                argument="optimizer",
+            )
+        given = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, options in zip(self.optimizer.param_groups, given, strict=True):
+            group.update(options)  # the settings of this call override those in the checkpoint
+        try:
+            self.criterion.load_learned_state(state["criterion"])
+        except KeyError as error:
+            raise InputError(f"the run has no discriminator for {error}; keep its own loss", argument="loss") from None
+        if self.ema and state["ema"]:
+            self.ema.load_state_dict(state["ema"])
+        if state["scaler"] and self.settings.precision == torch.float16:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _build_forward(model, is_compiled):
+    """The training forward, compiled and distributed as asked for."""
+    forward = TrainingForward(model)
+    if is_compiled:
+        forward.compile(dynamic=False)
+    if distributed.world_size() > 1:
+        with warnings.catch_warnings():  # PyTorch 2.13 renamed this option, and warns
+            warnings.simplefilter("ignore", FutureWarning)
+            forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return forward
