@@ -88,9 +88,7 @@ class Experiment:
                 stack.callback(os.close, folder)
                 stack.callback(_locks.remove, folder)
                 try:
-                    fcntl.flock(
-                        folder, fcntl.LOCK_EX | fcntl.LOCK_NB
-                    )  # released when the process ends, however it does
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the end of the process releases it
                 except BlockingIOError:
                     raise InputError(
                         f"{self.folder}: another process is training there; wait for it or stop it"

@@ -72,7 +72,7 @@ def parse(argv: Sequence[str] | None = None, stored: dict[str, Any] | None = Non
 def _check_same_network(args, stored):
     for key in MODEL_FLAGS:
         if key in stored and stored[key] != getattr(args, key):
-            found = "the network's default" if stored[key] is None else stored[key]
+            found = "its network's own value" if stored[key] is None else stored[key]
             raise InputError(f"--{key} {getattr(args, key)}: the run has {found}; leave it out, or start another run")
 
 

@@ -39,8 +39,9 @@ def build_model(
         raise InputError(f"no such network {name!r}; there are {', '.join(MODELS)}", argument="model")
     network = MODELS[name]
     sizes = {key: value for key, value in sizes.items() if value is not None}
-    for key in sizes.keys() - inspect.signature(network).parameters.keys():
-        raise InputError(f"{name} has no parameter {key!r}; leave it out", argument=key)
+    for key in sizes:
+        if key not in inspect.signature(network).parameters:
+            raise InputError(f"{name} has no parameter {key!r}; leave it out", argument=key)
     if state_dict is None:
         return _construct(network, sizes)
     state_dict = network.translate(state_dict)

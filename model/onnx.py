@@ -125,13 +125,14 @@ class SparseBlock(GraphBlock):
                 dense_features.append(thin)
             if index == len(self.layers) - 1:
                 break
-            source, rows = self._pack(layer, full, thin, kernel_map.rim, zero_row), kernel_map.packed_neighbors
+            source = self._pack(layer, full=full, thin=thin, rim=kernel_map.rim, zero_row=zero_row)
+            rows = kernel_map.packed_neighbors
             if layer.n_out and not layer.all_dense:
                 dense = to_rows(thin).index_put((kernel_map.pixel,), full[:count, : layer.n_out])
                 thin = to_image(dense, (1, *image.shape[2:]))
         return collected, dense_features
 
-    def _pack(self, layer: LayerPlan, full, thin, rim, zero_row):
+    def _pack(self, layer: LayerPlan, *, full, thin, rim, zero_row):
         """The rows that the next layer gathers from: important pixels (M'), the rim (R) and a zero row."""
         if not layer.n_out:
             return torch.cat([full, zero_row.expand(rim.shape[0] + 1, zero_row.shape[1])])

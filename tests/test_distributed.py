@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+import distributed
 from main import main
+from utility import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "main.py")]
@@ -131,3 +133,32 @@ def test_a_batch_that_cannot_be_divided_evenly_is_refused(folder):
         "error: --batch_size: 3 patches cannot be divided evenly among 2 processes; use a multiple of 2" in done.stderr
     )
     assert not Path("experiment").exists()
+
+
+def test_a_process_needs_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(
+        InputError, match="process 2 runs on a machine with 1 GPUs; start one process per GPU"
+    ) as caught:
+        distributed.start("cuda")
+    assert caught.value.argument == "nproc_per_node"
+    with pytest.raises(InputError, match="use cuda instead of cuda:1") as caught:
+        distributed.start("cuda:1")
+    assert caught.value.argument == "device"
+
+
+def test_a_single_process_exchanges_nothing():
+    tensor = torch.tensor([1.0, 2.0])
+    distributed.average([tensor])
+    assert tensor.tolist() == [1, 2]
+    assert distributed.gather("a") == ["a"]
+    assert [distributed.any_rank(flag) for flag in (True, False)] == [True, False]
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.is_main_process()
+    assert not distributed.is_launched()
+    assert not distributed.is_connection_lost(RuntimeError("gloo"))
+    with distributed.main_process_first():
+        pass
+    distributed.stop()

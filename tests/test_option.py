@@ -44,7 +44,7 @@ def test_a_resumed_run_keeps_its_network_and_a_test_chooses_its_own_precision():
     assert parse(["--load", "run"], stored).precision == "bf16"
     assert parse(["--load", "run", "--test_only"], stored).precision == "single"
     assert not parse(["--load", "run", "--no-compile"], stored).compile
-    with pytest.raises(InputError, match=r"--res_scale 0\.1: the run has the network's default; leave it out"):
+    with pytest.raises(InputError, match=r"--res_scale 0\.1: the run has its network's own value; leave it out"):
         parse(["--load", "run", "--res_scale", "0.1"], stored)
     with pytest.raises(InputError, match="--n_feats 64: the run has 32; leave it out"):
         parse(["--load", "run", "--n_feats", "64"], stored)

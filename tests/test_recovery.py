@@ -118,7 +118,7 @@ def test_the_hint_is_to_resume_if_there_is_a_checkpoint(experiment, tmp_path):
 def test_success_and_user_mistakes_pass_through(experiment):
     with report_failures(experiment):
         pass
-    with pytest.raises(InputError, match="^a mistake$"), report_failures(experiment):
+    with pytest.raises(InputError, match=r"^a mistake$"), report_failures(experiment):
         raise InputError("a mistake")
 
 

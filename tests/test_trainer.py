@@ -596,6 +596,15 @@ def test_too_many_bad_steps_in_a_row_end_the_run(build):
     assert trainer.experiment.checkpoint_path.read_bytes() == checkpoint
 
 
+def test_bad_steps_in_a_row_are_counted_across_epochs(build):
+    trainer = build(max_bad_steps=2, print_every=1)
+    disturb(trainer, (1, 2), math.nan)
+    disturb(trainer, (2, 0), math.nan)
+    with pytest.raises(InputError, match="epoch 2, step 1: the last 2 steps were skipped"):
+        trainer.fit(2)
+    assert trainer.history[0]["skipped"] == 1
+
+
 def test_bad_steps_in_a_row_are_counted_across_an_interruption(build):
     trainer = build(max_bad_steps=2, print_every=1, deadline=0.0)
     disturb(trainer, (1, 0), math.nan)

@@ -53,6 +53,13 @@ def gradient(step):
     return torch.cat([p.grad.flatten() for p in step.model.parameters()])
 
 
+def spy_on_forward(model):
+    """The list to which every forward pass adds its number of images."""
+    seen, forward = [], model.training_forward
+    model.training_forward = lambda lr, tau: (seen.append(len(lr)), forward(lr, tau))[1]
+    return seen
+
+
 def assert_identical(found, expected):
     """Nested containers of tensors and numbers agree in every bit."""
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -132,7 +139,7 @@ def test_a_result_names_its_values():
     assert (result.is_good.shape, result.is_good.dtype, bool(result.is_good)) == ((), torch.bool, True)
     assert [m.shape for m in result.masks] == [(4, 1, 8, 8)] * N_MODULES
     assert not any(m.requires_grad for m in result.masks)
-    assert all(0 <= m.min() and m.max() <= 1 for m in result.masks)
+    assert all(m.min() >= 0 and m.max() <= 1 for m in result.masks)
     values = dict(zip(result.names, result.values.tolist(), strict=True))
     mean_active = (values["active_1"] + values["active_2"]) / 2
     assert values["loss"] == pytest.approx(values["loss_L1"] + values["loss_MSE"] + 0.1 * mean_active, rel=1e-5)
@@ -201,9 +208,7 @@ def test_split_batch_gives_the_gradient_of_the_whole(without_noise, monkeypatch)
     for split in (1, 2, 3):
         step = build_step(split_batch=split)
         monkeypatch.setattr(step.optimizer, "step", lambda: None)
-        seen = []
-        forward = step.model.training_forward
-        step.model.training_forward = lambda lr, tau: (seen.append(len(lr)), forward(lr, tau))[1]
+        seen = spy_on_forward(step.model)
         result = take(step, *random_batch(6))
         gradients.append(gradient(step))
         assert seen == [6 // split] * split
