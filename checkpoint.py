@@ -41,7 +41,7 @@ class Experiment:
     loss.png, psnr.png, active_share.png, masks.png
     tensorboard/              the same numbers and images, with --tensorboard
     checkpoint.pt             everything needed to resume
-    model/                    weights alone: model_latest.pt, model_best.pt, model_<epoch>.pt
+    model/                    only weights: model_latest.pt, model_best.pt, model_<epoch>.pt
     results-<set>-x<scale>/   the results of a test
 
     Raises InputError if the name is not a valid folder name.

@@ -116,7 +116,7 @@ def macs_at_1280x720(costs: Sequence[Cost], count: str, scale: int) -> float:
 def compare(sr: np.ndarray, hr: np.ndarray | None, scale: int, rgb: bool = False) -> dict[str, float]:
     """PSNR (dB) and SSIM of uint8 images (H, W, C) on Y with `scale` border pixels shaved, as for benchmark sets.
 
-    With `rgb`, PSNR on RGB with `scale + 6` shaved too, as for DIV2K. Without HR image both are nan.
+    With `rgb`, also PSNR on RGB with `scale + 6` pixels shaved, as for DIV2K. Without an HR image both are nan.
     """
     if hr is None:
         return {"psnr_y": math.nan, "ssim_y": math.nan}

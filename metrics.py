@@ -7,7 +7,7 @@ from skimage.metrics import structural_similarity
 
 
 def luma(image: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3), RGB, or (H, W, 1), grey -> Y of BT.601 YCbCr in 16...235, float64 (H, W)."""
+    """uint8 (H, W, 3), RGB, or (H, W, 1), gray -> Y of BT.601 YCbCr in 16...235, float64 (H, W)."""
     weights = np.array([65.738, 129.057, 25.064]) / 256
     return 16 + (image @ weights if image.shape[2] == 3 else image[..., 0] * weights.sum())
 

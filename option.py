@@ -146,7 +146,7 @@ def _add_data_options(group):
         "--data_test",
         type=names,
         default=["DIV2K"],
-        help="test sets, e.g. Set5+Set14, the first of which selects the best epoch; or demo, or video",
+        help="test sets, e.g. Set5+Set14 (the first set selects the best epoch), or demo, or video",
     )
     group.add_argument(
         "--data_range",
@@ -163,7 +163,7 @@ def _add_data_options(group):
         "keep all in memory (bin; on macOS and Windows in the memory of each worker process)",
     )
     group.add_argument("--scale", type=positive_int, default=2, help="upscaling factor")
-    group.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels of a training patch")
+    group.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels per side of a patch")
     group.add_argument("--n_colors", type=int, choices=(1, 3), default=3, help="1 for gray, 3 for RGB")
     group.add_argument("--no_augment", action="store_true", help="train without flips and rotations")
 
@@ -248,7 +248,7 @@ def _add_optimizer_options(group):
         help="halve the learning rate every N epochs (N), or at epochs A, B and C (A-B-C); "
         "200 for 1000 epochs, in proportion for others",
     )
-    group.add_argument("--gamma", type=positive_float, default=0.5, help="factor of each decay, in place of a half")
+    group.add_argument("--gamma", type=positive_float, default=0.5, help="factor of each learning-rate decay")
     group.add_argument(
         "--tau_min", type=positive_float, default=0.4, help="final Gumbel-softmax temperature (1 disables annealing)"
     )

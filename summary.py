@@ -26,7 +26,7 @@ CURVES = (
 class RunningMeans:
     """Means over the good steps of an epoch. Sums stay on the device, so that adding to them does not wait for it.
 
-    A step is skipped, and only counted, if its loss or gradient is not finite or its loss is far off.
+    A step is skipped, and only counted, if its loss or gradient is not finite or its loss is too large.
     """
 
     def __init__(self, device: torch.device):
@@ -55,7 +55,7 @@ class RunningMeans:
         return {"loss": math.nan, **means, "active": sum(active) / len(active) if active else math.nan}
 
     def skipped_steps(self) -> tuple[int, int]:
-        """The number of steps skipped since the last call in this epoch, and without a good step since."""
+        """(steps skipped since the last call in this epoch, steps skipped in a row up to now). Waits for the device."""
         in_epoch, in_a_row = (int(number) for number in self.skipped.tolist())
         since_last_call, self._reported = in_epoch - self._reported, in_epoch
         return since_last_call, in_a_row
@@ -65,7 +65,7 @@ class RunningMeans:
             distributed.average([self.sums])
 
     def state(self) -> dict[str, Any]:
-        return {"names": self.names, "sums": self.sums, "bad": self.skipped}
+        return {"names": self.names, "sums": self.sums, "bad": self.skipped}  # the keys of version 0.1.0
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.names, self.skipped = state["names"], state["bad"].to(self.skipped.device)

@@ -65,7 +65,7 @@ class Schedules:
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
-WHY_SKIPPED = "because their loss or gradient was not finite or their loss far off"
+WHY_SKIPPED = "because their loss or gradient was not finite or their loss was too large"
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,10 @@ class TrainingForward(nn.Module):
 
 
 class TrainingStep:
-    """A call takes one step of a training. It waits for the device only with RMSprop or with an average on a GPU.
+    """A call takes one step of a training.
 
-    The device decides whether a step is skipped because its loss or gradient is not finite, or its loss far off.
+    A step is skipped if its loss or gradient is not finite or its loss is too large. The device decides this, so a step
+    does not wait for it, except with RMSprop, or with a moving average on a GPU.
 
     Args:
         model: on its device

@@ -17,9 +17,9 @@ from matplotlib.patches import Rectangle
 
 
 def overlay_mask(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image with the pixels that a mask, bool (H, W), zeroes out shown in dark grey: uint8 (H, W, 3)."""
-    grey = image.mean(axis=2, keepdims=True) * 0.4
-    return np.where(mask[..., None], image, grey).astype(np.uint8)
+    """uint8 (H, W, C) and a mask, bool (H, W) -> uint8 (H, W, C), dark gray where the mask is false."""
+    gray = image.mean(axis=2, keepdims=True) * 0.4
+    return np.where(mask[..., None], image, gray).astype(np.uint8)
 
 
 def density_map(masks: np.ndarray) -> np.ndarray:

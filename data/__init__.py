@@ -28,7 +28,7 @@ class DataSettings:
 
     dir_data: str  # folder that holds the sets
     scale: int = 2  # high-resolution pixels per low-resolution pixel, on each side
-    n_colors: int = 3  # 1 (grey) or 3 (RGB)
+    n_colors: int = 3  # 1 (gray) or 3 (RGB)
     data_range: Sequence[Sequence[int]] | None = None  # (first, last) for training, for testing; see take_range
     dir_demo: str = ""  # folder or file of the set "demo"
 

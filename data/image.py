@@ -1,4 +1,4 @@
-"""Read image files of any format as 8-bit grey or RGB, and write PNG files."""
+"""Read image files of any format as 8-bit gray or RGB, and write PNG files."""
 
 import contextlib
 import functools
@@ -14,10 +14,10 @@ ORIENTATION, TURNED = 0x0112, {5, 6, 7, 8}  # the EXIF tag, and its values that 
 
 
 def read_image(path: Path, n_colors: int = 3) -> np.ndarray:
-    """Read an image file -> uint8 (H, W, n_colors), n_colors 1 (grey) or 3 (RGB). The array may be read-only.
+    """Read an image file -> uint8 (H, W, n_colors), n_colors 1 (gray) or 3 (RGB). The array may be read-only.
 
-    Palettes and CMYK are converted, alpha is dropped, 16 bits are reduced to 8 and EXIF rotation is applied. Of a
-    file with several frames the first one is read.
+    Palettes and CMYK are converted, alpha is dropped, 16 bits are reduced to 8 and EXIF rotation is applied. Only the
+    first frame of a file is read.
 
     Raises InputError if the file is missing, broken or has 32 bits per channel.
     """
@@ -32,7 +32,7 @@ def read_image(path: Path, n_colors: int = 3) -> np.ndarray:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of what `read_image` returns, from the header of the file alone. Raises InputError."""
+    """(height, width) of what `read_image` returns, from the file header only. Raises InputError."""
     with _open(path) as image:
         width, height = image.size
         # Pillow applies the rotation to the size of a TIFF itself. To find the EXIF data of a PNG it may read beyond
@@ -43,7 +43,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def image_kind(path: Path) -> str:
-    """Format and mode as Pillow names them, e.g. "PNG RGB" or "PNG I;16" (16-bit grey). Raises InputError."""
+    """Format and mode as Pillow names them, e.g. "PNG RGB" or "PNG I;16" (16-bit gray). Raises InputError."""
     with _open(path) as image:
         return f"{image.format} {image.mode}"
 

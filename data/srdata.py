@@ -39,7 +39,7 @@ class Patches(Dataset):
     Args:
         sets: the images to train on
         scale: s, high-resolution pixels per low-resolution pixel
-        n_colors: 1 (grey) or 3 (RGB)
+        n_colors: 1 (gray) or 3 (RGB)
         patches: all its fields except batch_size, steps and pin_memory are used
 
     Raises:

@@ -29,13 +29,13 @@ def upscale_video(
 
     Codecs halve the resolution of colors, so the last row or column of a frame of odd size is repeated.
 
-    Finished frames are kept as PNG files in a folder beside `target` until the video is complete. After an
-    interruption, another call with the same video and `key` resumes behind the last finished frame.
+    Finished frames are kept as PNG files in a folder next to `target` until the video is complete. After an
+    interruption, another call with the same video and `key` resumes after the last finished frame.
 
     Args:
         upscale: uint8 (H, W, n_colors) -> uint8 (sH, sW, n_colors)
-        n_colors: 1 (grey) or 3 (RGB)
-        key: whatever else the frames depend on, e.g. the weights
+        n_colors: 1 (gray) or 3 (RGB)
+        key: anything else the frames depend on, e.g. the weights
 
     Returns:
         the number of frames
@@ -91,7 +91,7 @@ def _upscale_frames(upscale, clip, path, frames, n_colors):
 
 
 def _convert(image, n_colors):
-    """BGR (H, W, 3), as OpenCV decodes it -> grey or RGB (H, W, n_colors)"""
+    """BGR (H, W, 3), as OpenCV decodes it -> gray or RGB (H, W, n_colors)"""
     image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB if n_colors == 3 else cv2.COLOR_BGR2GRAY)
     return image.reshape(*image.shape[:2], n_colors)
 
@@ -131,5 +131,5 @@ def _check_complete(path, target, n_frames):
     clip.release()
     if written < n_frames:
         raise InputError(
-            f"{target}: only {written} of {n_frames} frames could be written; is the disk full? Free some space"
+            f"{target}: only {written} of {n_frames} frames could be written; free some disk space and try again"
         )

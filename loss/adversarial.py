@@ -79,7 +79,7 @@ class Adversarial(nn.Module):
         )
 
     def forward(self, sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
-        """sr, hr (N, n_colors, H, W) in 0...rgb_range -> the loss of the generator (), differentiable in sr alone."""
+        """sr, hr (N, n_colors, H, W) in 0...rgb_range -> the loss of the generator (). Only sr gets a gradient."""
         self.discriminator.requires_grad_(True)
         for _ in range(self.k):
             self._train_step(sr.detach(), hr)
@@ -92,7 +92,7 @@ class Adversarial(nn.Module):
             group["lr"] = lr
 
     def get_extra_state(self) -> dict:
-        """The state of the optimizer, which thereby belongs to the state dict of this module."""
+        """The state of the optimizer; PyTorch adds it to the state dict of this module."""
         return self.optimizer.state_dict()
 
     def set_extra_state(self, state: dict) -> None:

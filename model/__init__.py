@@ -72,7 +72,7 @@ def _check_sizes(name, sizes, stored, origin):
     if differing:
         found = ", ".join(f"{key} {stored[key]:g}, not {sizes[key]:g}" for key in differing)
         raise InputError(
-            f"{origin} holds {name} weights for {found}; use other weights or leave it out", argument=differing[0]
+            f"{origin} holds {name} weights for {found}; use these values or other weights", argument=differing[0]
         )
 
 
@@ -86,8 +86,8 @@ def _construct(network, sizes):
 def load_model(path: str | Path, name: str | None = None, **sizes: float | None) -> Network:
     """Load the network in a weights file, in eval mode on the CPU. Raises InputError.
 
-    The weights tell which network it is, unless `name` does, and its sizes and settings. Only weights of version 0.1.0
-    lack the settings: pass rgb_range, and res_scale of EDSR, if they were not the defaults in training.
+    The sizes and settings are read from the weights, and so is the kind of network unless `name` is given. Only weights
+    of version 0.1.0 lack the settings: pass rgb_range, and res_scale of EDSR, if training did not use the defaults.
     """
     state_dict = read_weights(path)
     return build_model(name or _network_of(state_dict), state_dict, path, **sizes).eval()
@@ -132,7 +132,7 @@ def read_weights(path: str | Path) -> StateDict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path}: no such weights file") from None
+        raise InputError(f"{path}: no such weights file; check the path") from None
     except Exception as error:  # a broken file may raise nearly anything: pickle, zip, key and type errors
         reason = "it contains code" if "Weights only load failed" in str(error) else "broken or cut off"
         raise InputError(f"{path}: cannot be read as PyTorch weights ({reason}); use another file") from None

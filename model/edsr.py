@@ -1,7 +1,7 @@
 """EDSR: "Enhanced Deep Residual Networks for Single Image Super-Resolution", CVPRW 2017.
 
-With 16 blocks of 64 channels it is EDSR-baseline, the dense network to compare with. Modules have the names of the
-published checkpoints, so those load.
+With 16 blocks of 64 channels it is EDSR-baseline, the network without masks to compare with. Modules have the names
+that the published checkpoints use, so those checkpoints load.
 """
 
 import math
@@ -102,7 +102,7 @@ class EDSR(Network):
         return map_tiles(self.tail, head + f, tiles, halo=2, scale=self.scale) + self.mean
 
     def training_forward(self, x: torch.Tensor, tau: float | torch.Tensor) -> tuple[torch.Tensor, list]:
-        """SR images and no masks: a dense network has no temperature and no sparsity."""
+        """SR images and an empty list: EDSR has no masks, so tau is ignored."""
         return self(x), []
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ class EDSR(Network):
     def hyperparameters(state_dict: dict[str, torch.Tensor]) -> dict[str, float]:
         """The constructor arguments that a translated state dict records; KeyError if it is not of this network."""
         n_feats, n_colors = state_dict["head.0.weight"].shape[:2]
-        state_dict["tail.1.weight"]
+        state_dict["tail.1.weight"]  # a KeyError unless this is an EDSR: SMSR has head.0.weight too
         steps = [key for key in state_dict if key.startswith("tail.0.") and key.endswith(".weight")]
         factors = [math.isqrt(state_dict[key].shape[0] // n_feats) for key in steps]
         blocks = [int(key.split(".")[1]) for key in state_dict if key.startswith("body.") and key.endswith(".weight")]

@@ -1,4 +1,4 @@
-"""Ways to run any network: in tiles where memory is short, and as an ensemble of eight orientations.
+"""Ways to run any network: in tiles if memory is short, and as an ensemble of eight orientations.
 
 A `predict` function takes LR images (N, n_colors, H, W) and returns SR images and their `Cost`, as `model.inference`
 does.
@@ -21,7 +21,7 @@ def build_predictor(
     Args:
         mode: of model.inference
         chop: tile every image
-        chop_size: low-resolution pixels of a tile's side
+        chop_size: a tile is a strip of about chop_size x chop_size low-resolution pixels
         ensemble: average eight orientations, see `self_ensemble`
     """
     reported = set()

@@ -1,8 +1,8 @@
 """Products of many rows with one matrix, by the PyTorch operator that is fastest on this machine.
 
-The fastest operator differs. On a CPU, `F.linear` of float32 runs in MKL or OpenBLAS, a 1x1 convolution in oneDNN (with
-one thread in MKL or OpenBLAS too), and the operator that compiled graphs use for linear layers runs in oneDNN with
-prepacked weights, where PyTorch was built with it. So it is measured, once per dtype and number of threads.
+A CPU has three candidates: `F.linear`, which runs in MKL or OpenBLAS for float32; a 1x1 convolution, which runs in
+oneDNN, or with a single thread in MKL or OpenBLAS; and the linear operator of compiled graphs, which runs in oneDNN
+with prepacked weights if PyTorch was built with it. They are measured once per dtype and number of threads.
 """
 
 import functools

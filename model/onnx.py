@@ -325,7 +325,7 @@ def _replicate_edges(x, *, before, below, right):
 
 
 def export(model: Network, mode: str = "sparse", pixels: str = "uint8", masks: bool = False) -> "onnx.ModelProto":
-    """Convert a network to ONNX, with operators of the standard set alone.
+    """Convert a network to ONNX, using only operators of the standard set.
 
     The graph takes `image` (N, H, W, n_colors) in 0...255 and returns `sr` (N, scale H, scale W, n_colors) in the same
     range and, if asked for, `masks`, uint8 (N, K, H, W). N is 1 in a sparse graph.

@@ -1,7 +1,8 @@
 """SMSR as it runs: a trained network compiled into a plan that skips the masked work (paper section 3.3).
 
-Indices, gathers and matrix products of the gathered features, with plain PyTorch operators and no gradient. The plan
-equals `SMSR.masked_forward` up to the order of summation. docs/sparse-inference.md explains the method with a figure.
+The plan gathers features by index and multiplies matrices, with plain PyTorch operators and without gradients. Its
+result equals that of `SMSR.masked_forward` up to the order of summation. docs/sparse-inference.md explains the method
+with a figure.
 
 Features are maps of rows, C numbers per pixel, in the order of the pixels (N, H, W). Viewed as an image (N, C, H, W)
 that is the channels-last format. Maps have P + 1 rows; row P represents pixels outside the image: it is zero where a

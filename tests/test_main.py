@@ -250,7 +250,7 @@ def test_demo_writes_images_and_logs_that_nothing_is_measured(folder, capsys):
 
 
 @pytest.mark.parametrize("flags", ["--n_colors 1", "--rgb_range 1"])
-def test_grey_images_and_another_value_range(folder, flags):
+def test_gray_images_and_another_value_range(folder, flags):
     run(f"{TRAIN} --epochs 2 --lr 1e-3 {flags}")
     run("--load run --test_only --data_test Tiny2 --resume -1 --save_results")
     assert read_sr("run").shape == ((40, 48) if "colors" in flags else (40, 48, 3))

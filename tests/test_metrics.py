@@ -61,6 +61,6 @@ def test_shave_cuts_all_four_sides():
     assert shave(np.zeros((7, 6, 3)), 2).shape == (3, 2, 3)
 
 
-def test_grey_and_rgb_images_have_the_same_luma():
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
-    np.testing.assert_allclose(luma(grey), luma(grey.repeat(3, 2)))
+def test_gray_and_rgb_images_have_the_same_luma():
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    np.testing.assert_allclose(luma(gray), luma(gray.repeat(3, 2)))

@@ -6,7 +6,7 @@ import numpy as np
 import visualize
 
 
-def test_masked_pixels_are_grey_and_darker():
+def test_masked_pixels_are_gray_and_darker():
     image = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     mask = np.zeros((4, 5), bool)
     mask[1] = True

@@ -124,7 +124,7 @@ def _free_memory():
 
 
 def read(path: Path, n_colors: int) -> np.ndarray:
-    """Read an image file as uint8 (H, W, n_colors), rotated as its EXIF data say; 16-bit gray is reduced to 8 bits.
+    """Read an image file as uint8 (H, W, n_colors), rotated as its EXIF data says; 16-bit gray is reduced to 8 bits.
 
     Raises InputError if the file is damaged, has 32 bits per channel, or is too large to read.
     """
@@ -150,11 +150,11 @@ def find(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
     if not source.is_dir():
-        raise InputError(f"--input {source}: no such file or folder")
+        raise InputError(f"--input {source}: no such file or folder; check the path")
     extensions = Image.registered_extensions()
     paths = [path for path in sorted(source.iterdir()) if path.suffix.lower() in extensions and path.name[0] != "."]
     if not paths:
-        raise InputError(f"--input {source}: contains no images")
+        raise InputError(f"--input {source}: contains no images; pass a folder of images or one image")
     by_stem = {}
     for path in paths:
         if path.stem in by_stem:

@@ -81,11 +81,11 @@ def test_changed_sources_are_decoded_again_and_old_copies_removed(paths):
     assert len(list((root / "bin/HR").iterdir())) == len(paths)
 
 
-def test_grey_and_rgb_copies_coexist(paths):
+def test_gray_and_rgb_copies_coexist(paths):
     root = paths[0].parents[1]
-    (grey, *_) = cache.prepare(paths, root, "sep", n_colors=1)
+    (gray, *_) = cache.prepare(paths, root, "sep", n_colors=1)
     (rgb, *_) = cache.prepare(paths, root, "sep", n_colors=3)
-    assert cache.open_image(grey).shape[2] == 1
+    assert cache.open_image(gray).shape[2] == 1
     assert cache.open_image(rgb).shape[2] == 3
 
 

@@ -23,12 +23,12 @@ def test_lossless_formats_are_read_exactly(tmp_path, ending):
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "I;16"])
 @pytest.mark.parametrize("n_colors", [1, 3])
 def test_every_mode_is_converted_to_8_bits(tmp_path, mode, n_colors):
-    grey = np.full((6, 9), 255, np.uint8)
+    gray = np.full((6, 9), 255, np.uint8)
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     if mode == "I;16":
-        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+        Image.fromarray(gray.astype(np.uint16) * 257).save(path)
     else:
-        Image.fromarray(grey).convert("RGB").convert(mode).save(path)
+        Image.fromarray(gray).convert("RGB").convert(mode).save(path)
     image = read_image(path, n_colors)
     assert image.shape == (6, 9, n_colors)
     assert image.dtype == np.uint8
@@ -37,8 +37,8 @@ def test_every_mode_is_converted_to_8_bits(tmp_path, mode, n_colors):
 
 def test_16_bits_are_rounded_to_8(tmp_path):
     values = np.array([[0, 128, 129, 256, 32768, 65535]], np.uint16)
-    Image.fromarray(values).save(tmp_path / "grey.png")
-    assert read_image(tmp_path / "grey.png", 1)[..., 0].tolist() == [[0, 0, 1, 1, 128, 255]]
+    Image.fromarray(values).save(tmp_path / "gray.png")
+    assert read_image(tmp_path / "gray.png", 1)[..., 0].tolist() == [[0, 0, 1, 1, 128, 255]]
     cv2.imwrite(str(tmp_path / "rgb.png"), np.full((4, 4, 3), 65535, np.uint16))
     assert (read_image(tmp_path / "rgb.png") == 255).all()
 

@@ -51,7 +51,7 @@ def test_every_frame_is_upscaled_in_order(folder, n_colors):
 
 
 @pytest.mark.parametrize("n_colors", [1, 3])
-def test_frames_are_passed_as_grey_or_rgb_arrays(folder, n_colors):
+def test_frames_are_passed_as_gray_or_rgb_arrays(folder, n_colors):
     writer = cv2.VideoWriter("red.avi", cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
     writer.write(np.full((48, 64, 3), (0, 0, 200), np.uint8))  # BGR
     writer.release()
@@ -66,8 +66,8 @@ def test_frames_are_passed_as_grey_or_rgb_arrays(folder, n_colors):
     assert isinstance(image, np.ndarray)
     assert image.dtype == np.uint8
     assert image.shape == (48, 64, n_colors)
-    red, grey = (200, 0, 0), (0.299 * 200,)
-    assert image.mean(axis=(0, 1)) == pytest.approx(red if n_colors == 3 else grey, abs=4)
+    red, gray = (200, 0, 0), (0.299 * 200,)
+    assert image.mean(axis=(0, 1)) == pytest.approx(red if n_colors == 3 else gray, abs=4)
 
 
 def test_odd_sizes_are_padded(folder):
@@ -185,7 +185,7 @@ def test_incomplete_videos_are_not_kept(folder, monkeypatch):
 
     writer = cv2.VideoWriter
     monkeypatch.setattr(cv2, "VideoWriter", Full)
-    with pytest.raises(InputError, match="only 4 of 7 frames could be written; is the disk full"):
+    with pytest.raises(InputError, match="only 4 of 7 frames could be written; free some disk space"):
         upscale_video(doubled, folder / "clip.mp4", folder / "out.mp4")
     assert not (folder / "out.mp4").exists()
 

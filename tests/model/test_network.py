@@ -144,7 +144,7 @@ def test_arrays_that_are_not_images_are_refused(name, n_colors):
         np.zeros((4, 5, n_colors), np.float32),
         np.zeros((4, 5, n_colors), np.int64),
         np.zeros((4, 5, n_colors), np.uint16),
-        np.zeros((4, 5, 4 - n_colors), np.uint8),  # RGB for a network of grey images, and the reverse
+        np.zeros((4, 5, 4 - n_colors), np.uint8),  # RGB for a network of gray images, and the reverse
         np.zeros((4, 5, 4), np.uint8),
         np.zeros((4, 5), np.uint8),
         np.zeros((1, 4, 5, n_colors), np.uint8),

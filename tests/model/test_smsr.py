@@ -165,7 +165,7 @@ def test_any_size_is_upscaled(size, training, scale):
     assert model(torch.rand(2, 3, *size)).shape == (2, 3, scale * size[0], scale * size[1])
 
 
-def test_grey_images():
+def test_gray_images():
     model = SMSR(2, n_feats=8, n_blocks=1, n_layers=2, n_colors=1, rgb_range=1).eval()
     assert model(torch.rand(1, 1, 4, 4)).shape == (1, 1, 8, 8)
 
