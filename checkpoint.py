@@ -47,9 +47,9 @@ class Experiment:
     Raises InputError if the name is not a valid folder name.
     """
 
-    def __init__(self, name: str, root: str | Path = "experiment"):
+    def __init__(self, name: str, root: str | Path = "experiment", argument: str = "save"):
         if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
-            raise InputError(f"{name!r} is not a valid run name; use letters, digits and . _ + -", argument="save")
+            raise InputError(f"{name!r} is not a valid run name; use letters, digits and . _ + -", argument=argument)
         self.name = name
         self.folder = Path(root) / name
         self.checkpoint_path = self.folder / "checkpoint.pt"
@@ -126,7 +126,7 @@ class Experiment:
         """Read checkpoint.pt, as `trainer.Trainer.state` wrote it. Raises InputError if it is missing or broken."""
         path = self.checkpoint_path
         if not path.is_file():
-            raise InputError(f"{path}: does not exist; there is no run to resume", argument="load")
+            raise InputError(f"{path}: does not exist; check the name of the run", argument="load")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:  # a broken file may raise nearly anything
@@ -142,7 +142,7 @@ class Experiment:
     def load_options(self) -> dict[str, Any]:
         """Read the options that the run was started with. Raises InputError if they are missing or broken."""
         if not self.folder.is_dir():
-            raise InputError(f"{self.folder}: does not exist; there is no run to resume", argument="load")
+            raise InputError(f"{self.folder}: does not exist; check the name of the run", argument="load")
         path = self.folder / "options.json"
         try:
             return dict(json.loads(path.read_text(encoding="utf-8"))["options"])

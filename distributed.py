@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from utility import InputError, logger, pick_device
+from utility import InputError, launched_processes, logger, pick_device
 
 
 def is_launched() -> bool:
     """Whether torchrun or another launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return launched_processes() > 1
 
 
 def start(name: str) -> torch.device:

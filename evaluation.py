@@ -45,7 +45,7 @@ def evaluate(
     with tqdm(mine, desc=images.name, unit="image", leave=False, disable=not distributed.is_main_process()) as progress:
         for index in progress:
             name, lr, hr = images[index]
-            sr, cost, seconds = _run(model, name, lr, predict, warm_up and index == mine.start)
+            sr, cost, seconds = _run(model, name, lr, predict, warm_up=warm_up and index == mine.start)
             if save:
                 save(name, lr, sr, masks_of(cost))
             row = {"name": name, "lr_shape": list(lr.shape[:2])}
@@ -54,9 +54,8 @@ def evaluate(
             measured.append((row, replace(cost, masks=())))
     shares = distributed.gather(measured)  # image by image, in the order in which they were distributed
     rows, costs = zip(*(shares[i % len(shares)][i // len(shares)] for i in range(len(images))), strict=True)
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = {"dataset": images.name, "scale": images.scale, "model": type(model).__name__, "parameters": n_parameters}
-    return facts | _summarize(rows, costs, images.scale)
+    facts = {"dataset": images.name, "scale": images.scale, "model": type(model).__name__}
+    return facts | {"parameters": model.n_parameters} | _summarize(rows, costs, images.scale)
 
 
 def _run(model, name, lr, predict, warm_up):

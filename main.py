@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = option.parse(argv)
     stored = {}
     if args.load:
-        stored = Experiment(args.load).load_options()
+        stored = Experiment(args.load, argument="load").load_options()
         args = option.parse(argv, stored)
     torch.manual_seed(args.seed)
     device = distributed.start(args.device)
@@ -146,8 +146,8 @@ def fit_and_log(args: argparse.Namespace, stored: dict[str, Any], trainer: Train
             trainer.tensorboard = TensorBoard(experiment.folder, args.images_every)
         origin = {key: stored[key] for key in ("pre_train", "template") if key in stored}
         write_options(experiment.folder / "options.json", {**vars(args), **origin}, option.defaults())
-        n_parameters, n_images = sum(p.numel() for p in model.parameters()), len(trainer.loader.dataset)
-        logger.info(f"{args.model} x{args.scale}, {n_parameters:,} parameters, {n_images} images, {model.device}")
+        n_images = len(trainer.loader.dataset)
+        logger.info(f"{args.model} x{args.scale}, {model.n_parameters:,} parameters, {n_images} images, {model.device}")
         for change in option.changes(args, stored):
             logger.info(f"changed: {change}")
         finished = trainer.fit(args.epochs)
@@ -170,7 +170,7 @@ def test(args: argparse.Namespace, device: torch.device) -> int:
     if args.data_test == ["video"]:
         return test_video(args, experiment, model, predict)
     for images in build_test_sets(args.data_test, option.settings(DataSettings, args)):
-        test_set(args, experiment, model, images, predict)
+        test_set(args, experiment, model, images=images, predict=predict)
     return 0
 
 
@@ -181,6 +181,8 @@ def find_weights(args: argparse.Namespace, experiment: Experiment) -> str | Path
             raise InputError("--test_only: needs weights; give --pre_train FILE, or --load NAME to test a run")
         return args.pre_train
     path = experiment.weights_path({0: "best", -1: "latest"}.get(args.resume, args.resume))
+    if not path.is_file() and args.resume in (0, -1):
+        raise InputError(f"--load {args.load}: {path} does not exist; train at least one epoch")
     if not path.is_file():
         raise InputError(
             f"--resume {args.resume}: {path} does not exist; --save_models keeps the weights of all epochs"
@@ -201,7 +203,7 @@ def test_set(
         if args.save_results or not images.has_hr:
             write_png(folder / f"{stem}_SR.png", sr)
         if args.save_masks:
-            save_masks(folder, stem, lr, sr, masks)
+            save_masks(folder, stem, lr=lr, sr=sr, masks=masks)
 
     metrics = evaluate(model, images, predict, save)
     if not distributed.is_main_process():
@@ -252,4 +254,4 @@ def build_network(
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, memory_hint="use a smaller --batch_size, --patch_size or --n_feats, or add --chop")

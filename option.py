@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utility import PRECISIONS, InputError
+from utility import PRECISIONS, InputError, launched_processes
 
 # Presets (--template): other defaults, which the command line overrides.
 TEMPLATES = {
@@ -322,16 +322,12 @@ def _check_device(args):
         args.device = "cpu"
     if args.n_GPUs and args.device == "auto":
         args.device = "cuda"
-    n_processes = _world_size()
+    n_processes = launched_processes()
     if args.n_GPUs and args.n_GPUs != n_processes and (args.n_GPUs > 1 or n_processes > 1):
         running = "only one process is running" if n_processes == 1 else f"{n_processes} processes are running"
         raise InputError(
             f"--n_GPUs {args.n_GPUs}: {running}; start it with: torchrun --nproc_per_node={args.n_GPUs} main.py ..."
         )
-
-
-def _world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _check_run(args):
@@ -384,7 +380,7 @@ def _check_video(args):
         raise InputError("--data_test video: no file is given; name it with --dir_demo")
     if args.save_masks:
         raise InputError("--save_masks: is for images; leave it out with --data_test video")
-    if _world_size() > 1:
+    if launched_processes() > 1:
         raise InputError("--data_test video: runs in a single process; start it without torchrun")
 
 

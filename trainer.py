@@ -86,7 +86,7 @@ class Trainer:
     With several processes each trains on its part of every batch, and the main process writes the files.
 
     Args:
-        take_step: one step, with the network
+        training_step: one step, with the network
         loader: from data.build_train_loader
         test_sets: evaluated after each epoch; the first one selects the best epoch
         experiment: the folder of the run, which exists
@@ -95,7 +95,7 @@ class Trainer:
 
     def __init__(
         self,
-        take_step: TrainingStep,
+        training_step: TrainingStep,
         loader: PatchLoader,
         test_sets: Sequence[WholeImages],
         experiment: Experiment,
@@ -103,7 +103,7 @@ class Trainer:
         settings: TrainSettings,
         tensorboard: TensorBoard | None = None,
     ):
-        self.take_step, self.model = take_step, take_step.model
+        self.training_step, self.model = training_step, training_step.model
         self.loader, self.test_sets, self.experiment = loader, test_sets, experiment
         self.schedules, self.settings, self.tensorboard = schedules, settings, tensorboard
         self.history: list[Row] = []  # the numbers of each finished epoch
@@ -131,13 +131,13 @@ class Trainer:
     def _train_epoch(self, stop):
         """Run the remaining steps of the epoch; returns whether to stop the run."""
         lr, _, _ = self.schedules.at(self.epoch)
-        self.take_step.set_learning_rate(lr)
+        self.training_step.set_learning_rate(lr)
         self.loader.sampler.epoch, self.loader.sampler.first_step = self.epoch, self.step
         self.model.train()
         started, stopped = time.perf_counter() - self.seconds, False
         with self._progress_bar() as bar:
             for lr_images, hr_images in self._batches():
-                result = self.train_step(lr_images, hr_images)
+                result = self.run_step(lr_images, hr_images)
                 self.means.add(result.names, result.values, result.is_good)
                 self.step += 1
                 is_last = self.step == self.loader.sampler.steps
@@ -155,14 +155,14 @@ class Trainer:
         self.means.average_over_processes()
         return stopped
 
-    def train_step(self, lr_images, hr_images):
+    def run_step(self, lr_images, hr_images):
         """One step on LR (N, P, P, C) and HR (N, sP, sP, C) images, uint8; returns its StepResult."""
         _, *values = self.schedules.at(self.epoch)
         # As tensors: numbers would be compiled into the network. From torch.full: torch.tensor waits for the device.
         tau, lambda_ = (torch.full((), value, device=self.model.device) for value in values)
         words = np.random.SeedSequence((self.settings.seed, self.epoch, self.step, distributed.rank()))
         losses = (abs(row["loss"]) for row in reversed(self.history))
-        return self.take_step(
+        return self.training_step(
             self.model.to_input(lr_images),
             self.model.to_input(hr_images),
             tau=tau,
@@ -196,8 +196,8 @@ class Trainer:
         if in_a_row >= self.settings.max_bad_steps:
             raise InputError(
                 f"{place}: the last {in_a_row} steps were skipped, {WHY_SKIPPED}; "
-                f"lower the learning rate and {resume_hint(self.experiment)}",
-                argument="max_bad_steps",
+                f"lower it and {resume_hint(self.experiment)}",
+                argument="lr",
             )
         means, (_, tau, lambda_) = self.means.means(), self.schedules.at(self.epoch)
         speed = self.step * self.loader.sampler.batch_size / (time.perf_counter() - started)
@@ -230,7 +230,7 @@ class Trainer:
 
     def _networks(self):
         """The network and, if it is kept, its moving average, each with the suffix of its files and columns."""
-        ema = self.take_step.ema
+        ema = self.training_step.ema
         return [("", self.model)] + ([("_ema", ema.module)] if ema else [])
 
     def _evaluate(self):
@@ -268,7 +268,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything needed to resume: the content of checkpoint.pt."""
         return {
-            **self.take_step.state(),
+            **self.training_step.state(),
             "epoch": self.epoch,
             "step": self.step,
             **self.means.state(),
@@ -282,7 +282,7 @@ class Trainer:
 
         Raises InputError if the checkpoint does not fit the optimizer or the loss.
         """
-        self.take_step.load_state(state)
+        self.training_step.load_state(state)
         self.means.load_state(state)
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
         self.seconds, self.mask_histogram = state["seconds"], state["mask_histogram"]
@@ -295,20 +295,20 @@ def dry_run(trainer: Trainer, epochs: int) -> list[str]:
     for _ in range(8):
         started = time.perf_counter()
         with report_failures(trainer.experiment):
-            trainer.train_step(*next(batches))
+            trainer.run_step(*next(batches))
         synchronize(model.device)
         seconds.append(time.perf_counter() - started)
     step = statistics.median(seconds[3:])  # the first steps warm up, compile, and start the workers
     evaluation = sum(_seconds_to_evaluate(model, images) for images in trainer.test_sets)
-    hours = epochs * (step * sampler.steps + evaluation) / 3600
-    count, side = sum(parameter.numel() for parameter in model.parameters()), patches.patch_size
+    hours = (epochs - trainer.epoch + 1) * (step * sampler.steps + evaluation) / 3600
+    side = patches.patch_size
     return [
-        f"{type(model).__name__}: {count:,} parameters, {model.device}",
+        f"{type(model).__name__}: {model.n_parameters:,} parameters, {model.device}",
         f"per batch: {sampler.batch_size} patches of {side}x{side} pixels, x{model.scale}",
         f"per epoch: {sampler.steps} batches, cut from {len(patches)} images",
         f"time per step: {step:.3f} s, per evaluation: about {evaluation:.1f} s",
         f"peak memory: {peak_memory(model.device) / 2**30:.2f} GiB",
-        f"{epochs} epochs: about {hours:.1f} hours",
+        f"{epochs - trainer.epoch + 1} epochs: about {hours:.1f} hours",
     ]
 
 
@@ -316,7 +316,9 @@ def _seconds_to_evaluate(model, images):
     """An estimate from the first image of the set."""
     _, lr, _ = images[0]
     model.eval()
+    x = model.to_input(lr[None])
+    model.inference(x)  # the first call also compiles the network
     started = time.perf_counter()
-    model.inference(model.to_input(lr[None]))
+    model.inference(x)
     synchronize(model.device)
     return (time.perf_counter() - started) * len(images) / distributed.world_size()

@@ -33,7 +33,7 @@ PRECISIONS = {"single": torch.float32, "half": torch.float16, "bf16": torch.bflo
 class InputError(Exception):
     """A user's mistake, described in one line: what is wrong and what to do.
 
-    argument: name of the argument at fault, which the command line shows as its flag; None if the message names a file
+    argument: name of the setting at fault, which the command line shows as its flag; None if the message names a file
     """
 
     def __init__(self, message: str, argument: str | None = None):
@@ -49,8 +49,11 @@ class InputError(Exception):
         return f"--{self.argument}: {self}" if self.argument else str(self)
 
 
-def run_program(main: Callable[[], int | None]) -> None:
-    """Run `main()` and exit with what it returns; report a user's mistake in one line, with exit code 2."""
+def run_program(main: Callable[[], int | None], memory_hint: str = "use smaller images") -> None:
+    """Run `main()` and exit with what it returns; report a user's mistake in one line, with exit code 2.
+
+    memory_hint: what to do if memory runs out
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by an object that is not a text file
             stream.reconfigure(errors="backslashreplace")  # names and signs that the terminal's encoding lacks
@@ -67,14 +70,16 @@ def run_program(main: Callable[[], int | None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            "error: out of memory; use a smaller --batch_size, --patch_size or --n_feats, or add --chop",
-            file=sys.stderr,
-        )
+        print(f"error: out of memory; {memory_hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def launched_processes() -> int:
+    """How many processes torchrun or another launcher started, this one included; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_out_of_memory(error: Exception) -> bool:

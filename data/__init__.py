@@ -50,7 +50,7 @@ def find_set(name: str, dir_data: str | Path, scale: int, dir_demo: str | Path =
         raise InputError(f"no such folder {str(dir_data)!r}; give the folder that holds the sets", argument="dir_data")
     folders = itertools.chain(dir_data.glob("*/HR"), dir_data.glob("benchmark/*/HR"))
     available = ", ".join(sorted({folder.parent.name for folder in folders})) or "none"
-    raise InputError(f"no set {name!r} in {dir_data}; available sets: {available}", argument="dir_data")
+    raise InputError(f"{dir_data}: contains no set {name!r}; available sets: {available}")
 
 
 def take_range(images: ImageSet, span: Sequence[int]) -> ImageSet:

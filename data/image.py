@@ -82,7 +82,7 @@ def _open(path):
     try:
         with Image.open(path) as image:
             yield image
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None

@@ -50,7 +50,7 @@ def upscale_video(
     frames.mkdir(exist_ok=True)
     rate = clip.get(cv2.CAP_PROP_FPS)
     try:
-        count = _upscale_frames(upscale, clip, path, frames, n_colors)
+        count = _upscale_frames(upscale, clip, path, frames=frames, n_colors=n_colors)
     finally:
         clip.release()
     if count == 0:

@@ -73,16 +73,7 @@ def build_loss(
     """
     terms = {}
     for name, weight in parse_terms(text).items():
-        if name in VGG_LAYERS and n_colors != 3:
-            raise InputError(
-                f"{name} needs RGB images, but these have n_colors {n_colors}; use another loss", argument="loss"
-            )
-        if hr_size is not None and hr_size < MIN_HR_SIZE.get(name, 1):
-            raise InputError(
-                f"{name} needs HR patches of at least {MIN_HR_SIZE[name]} pixels per side, but they have {hr_size}; "
-                "use larger patches or another loss",
-                argument="loss",
-            )
+        _check_images(name, n_colors, hr_size)
         if name in VGG_LAYERS:
             module = VGG(name, rgb_range, vgg_weights)
         elif name in ADVERSARIAL_KINDS:
@@ -91,6 +82,20 @@ def build_loss(
             module = {"L1": nn.L1Loss, "MSE": nn.MSELoss}[name]()
         terms[name] = (weight, module)
     return Loss(terms)
+
+
+def _check_images(name, n_colors, hr_size):
+    """Raise InputError if a loss cannot compare HR patches of this size and number of colors."""
+    if name in VGG_LAYERS and n_colors != 3:
+        raise InputError(
+            f"{name} needs RGB images, but these have n_colors {n_colors}; use another loss", argument="loss"
+        )
+    if hr_size is not None and hr_size < MIN_HR_SIZE.get(name, 1):
+        raise InputError(
+            f"{name} needs HR patches of at least {MIN_HR_SIZE[name]} pixels per side, but they have {hr_size}; "
+            "use larger patches or another loss",
+            argument="loss",
+        )
 
 
 def parse_terms(text: str) -> dict[str, float]:

@@ -44,6 +44,11 @@ def build_model(
             raise InputError(f"{name} has no parameter {key!r}; leave it out", argument=key)
     if state_dict is None:
         return _construct(network, sizes)
+    return _build_from_weights(name, state_dict, origin, transfer=transfer, sizes=sizes)
+
+
+def _build_from_weights(name, state_dict, origin, transfer, sizes):
+    network = MODELS[name]
     state_dict = network.translate(state_dict)
     try:
         stored = network.hyperparameters(state_dict)
@@ -133,6 +138,8 @@ def read_weights(path: str | Path) -> StateDict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"{path}: no such weights file; check the path") from None
+    except PermissionError:
+        raise InputError(f"{path}: cannot be opened; check its permissions") from None
     except Exception as error:  # a broken file may raise nearly anything: pickle, zip, key and type errors
         reason = "it contains code" if "Weights only load failed" in str(error) else "broken or cut off"
         raise InputError(f"{path}: cannot be read as PyTorch weights ({reason}); use another file") from None

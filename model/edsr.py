@@ -106,7 +106,7 @@ class EDSR(Network):
         return self(x), []
 
     @torch.no_grad()
-    def inference(self, x: torch.Tensor, mode: str = "dense", tile: int | None = None) -> tuple[torch.Tensor, Cost]:
+    def inference(self, x: torch.Tensor, mode: str = "auto", tile: int | None = None) -> tuple[torch.Tensor, Cost]:
         """LR images -> SR images and their cost, without gradients.
 
         tile: run layers on strips of about tile x tile pixels to save memory; the result is the same.

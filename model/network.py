@@ -61,8 +61,9 @@ Predict = Callable[[torch.Tensor], tuple[torch.Tensor, Cost]]  # LR images -> SR
 class Network(nn.Module):
     """A super-resolution network. Images are (N, n_colors, H, W) in 0...rgb_range, with any H and W >= 1.
 
-    A subclass defines `forward(x)`, `training_forward(x, tau)` -> (SR, [(m, c), ...]), `inference(x, mode, tile)` ->
-    (SR, Cost), and the static methods `hyperparameters(state_dict)` and `translate(state_dict)`.
+    A subclass defines `peak_maps`, `forward(x)`, `training_forward(x, tau)` -> (SR, [(m, c), ...]),
+    `inference(x, mode, tile)` -> (SR, Cost), and the static methods `hyperparameters(state_dict)` and
+    `translate(state_dict)`.
 
     Args:
         scale: upscaling factor
@@ -72,6 +73,7 @@ class Network(nn.Module):
     """
 
     settings = ("rgb_range",)  # buffers that change what the network computes
+    peak_maps: int  # feature maps that inference holds in memory at its peak
 
     def __init__(self, scale: int, n_feats: int, n_colors: int = 3, rgb_range: float = 255):
         super().__init__()
@@ -86,6 +88,10 @@ class Network(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.mean.dtype
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def to_input(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
         """uint8 (N, H, W, n_colors) -> (N, n_colors, H, W) in 0...rgb_range, channels-last, as the network takes it."""

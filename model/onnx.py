@@ -73,7 +73,7 @@ class MaskedDenseBlock(GraphBlock):
         for index, layer in enumerate(self.layers):
             full = F.relu(F.conv2d(f, self.get_buffer(f"full_{index}"), padding=1))
             dense, sparse = full[:, : layer.n_out], full[:, layer.n_out :] * important
-            if layer.n_out and not layer.all_dense:
+            if layer.n_out and not layer.inputs_all_dense:
                 dense = dense * important + self.run_thin(index, f[:, : layer.n_in]) * (1 - important)
             f = torch.cat([dense, sparse], 1) if layer.n_out else sparse
             y = _accumulate_conv(y, f, self.get_buffer(f"collect_{index}"), self.block.collect.bias)
@@ -125,14 +125,14 @@ class SparseBlock(GraphBlock):
                 dense_features.append(thin)
             if index == len(self.layers) - 1:
                 break
-            source = self._pack(layer, full=full, thin=thin, rim=kernel_map.rim, zero_row=zero_row)
-            rows = kernel_map.packed_neighbors
-            if layer.n_out and not layer.all_dense:
+            source = self._gather_source(layer, full=full, thin=thin, rim=kernel_map.rim, zero_row=zero_row)
+            rows = kernel_map.neighbor_rows
+            if layer.n_out and not layer.inputs_all_dense:
                 dense = to_rows(thin).index_put((kernel_map.pixel,), full[:count, : layer.n_out])
                 thin = to_image(dense, (1, *image.shape[2:]))
         return collected, dense_features
 
-    def _pack(self, layer: LayerPlan, *, full, thin, rim, zero_row):
+    def _gather_source(self, layer: LayerPlan, *, full, thin, rim, zero_row):
         """The rows that the next layer gathers from: important pixels (M'), the rim (R) and a zero row."""
         if not layer.n_out:
             return torch.cat([full, zero_row.expand(rim.shape[0] + 1, zero_row.shape[1])])
@@ -150,13 +150,13 @@ class GraphKernelMap(NamedTuple):
     pixel             (M,) the important pixels, of 0...P - 1
     rim               (R,) pixels that are not important but next to an important one
     neighbors         (9 M',) the pixels around each important pixel and itself; P outside the image
-    packed_neighbors  (9 M',) the same as rows of: important pixels (M'), the rim (R), a zero row
+    neighbor_rows  (9 M',) the same as rows of: important pixels (M'), the rim (R), a zero row
     """
 
     pixel: torch.Tensor
     rim: torch.Tensor
     neighbors: torch.Tensor
-    packed_neighbors: torch.Tensor
+    neighbor_rows: torch.Tensor
 
 
 def build_kernel_map(mask: torch.Tensor) -> GraphKernelMap:
@@ -190,7 +190,7 @@ class GraphNetwork(nn.Module):
         pixels: of input and output; "uint8", or "float": the precision of the model, not clamped
     """
 
-    multiple = 1  # height and width of what the network takes are multiples of this
+    pads_to_even = False  # whether the network takes images of even height and width only
     one_image = False  # whether N is 1
     outputs = ("sr",)
 
@@ -203,7 +203,7 @@ class GraphNetwork(nn.Module):
         height, width = image.shape[1:3]
         scale = self.model.scale
         x = self._to_input(image) - self.model.mean
-        x = _replicate_edges(x, before=0, below=height % self.multiple, right=width % self.multiple)
+        x = _replicate_edges(x, before=0, below=height % 2 * self.pads_to_even, right=width % 2 * self.pads_to_even)
         sr, masks = self.run_network(x)
         sr = self._to_output((sr + self.model.mean)[..., : height * scale, : width * scale])
         if not masks:
@@ -240,7 +240,7 @@ class EDSRGraph(GraphNetwork):
 class SMSRGraph(GraphNetwork):
     """What both graphs of an SMSR share; they differ in the class of their blocks."""
 
-    multiple = 2
+    pads_to_even = True
     outputs = ("sr", "masks")
     block_class: type[GraphBlock]
 
@@ -340,7 +340,7 @@ def export(model: Network, mode: str = "sparse", pixels: str = "uint8", masks: b
         import onnx
         import onnxscript  # noqa: F401  PyTorch's exporter needs it
     except ImportError:
-        raise InputError("onnx is not installed; pip install -r requirements-deploy.txt") from None
+        raise InputError("onnx or onnxscript is not installed; pip install -r requirements-deploy.txt") from None
     module = build_graph_module(model, mode, pixels)
     has_masks = "masks" in module.outputs
     if masks and not has_masks:

@@ -40,9 +40,8 @@ class Plan:
     """A trained SMSR, compiled from its present weights.
 
     Call with images (N, n_colors, H, W) without their mean, H and W even. Returns SR images (N, n_colors, scale H,
-    scale W) and their `Cost`.
+    scale W) and their `Cost`. The other arguments of a call:
 
-    Args:
         mode: "sparse" gathers in every module, "dense" in none, "auto" where that is faster, by the density of the
             mask and a threshold that is measured once per device
         tile: run on strips of about tile x tile pixels and keep at most three feature maps, to save memory; the result
@@ -89,7 +88,7 @@ class Plan:
         costs = []
         for index, block in enumerate(self.blocks):
             costs.append(block(f, y, shape=shape, tiles=tiles, mode=mode, workspace=workspace))
-            self._finish_block(index, f, y, features, total, shape)
+            self._finish_block(index, f, y, features=features, total=total, shape=shape)
             f = features
         total = to_image(total.add_(self.model.collect.reduce.bias).relu_(), shape)
         sr = self._reconstruct(x, total, None if save_memory else to_image(head[:pixels], shape), tiles)
@@ -176,7 +175,7 @@ class BlockPlan:
         executed = self.mask_macs * mask.numel()
         for tile in tiles:
             wider = tile.grow(len(self.layers), shape[1])  # one row per layer
-            strip = Strip(wider.crop(mask), wider.rows(shape).start, tile.rows(shape))
+            strip = Strip(wider.crop(mask), wider.pixels(shape).start, tile.pixels(shape))
             executed += run(f, y, strip, workspace)
         return self._cost(mask, important, executed)
 
@@ -184,7 +183,7 @@ class BlockPlan:
         """Write the rows `strip.inner` of the map y; returns the multiply-adds executed."""
         kernel_map = build_kernel_map(strip.mask)
         collected, dense_features = self._run_layers(f, strip, kernel_map, workspace)
-        self._write_back(y, strip, kernel_map, collected, dense_features)
+        self._write_back(y, strip, kernel_map, collected=collected, dense_features=dense_features)
         return self._sparse_macs(strip, len(kernel_map.pixel))
 
     def _run_layers(self, f, strip, kernel_map, workspace):
@@ -196,9 +195,9 @@ class BlockPlan:
         pixel, rim, channels = kernel_map.pixel, kernel_map.rim, f.shape[1]
         count = len(pixel)
         # Layers after the first gather from important pixels, a zero row for pixels outside the image, and the rim.
-        packed = workspace.rows("packed", count + 1 + len(rim), channels, f)
-        features, rim_features = packed[:count], packed[count + 1 :]
-        packed[count] = 0
+        important_and_rim = workspace.rows("important_and_rim", count + 1 + len(rim), channels, f)
+        features, rim_features = important_and_rim[:count], important_and_rim[count + 1 :]
+        important_and_rim[count] = 0
         collected = workspace.rows("collected", count, channels, f)
         dense_features = workspace.rows("dense", len(strip.inner), self.n_dense, f)
         source, rows = f, strip.rows_in_map(kernel_map.neighbors, outside=len(f) - 1)
@@ -207,7 +206,7 @@ class BlockPlan:
         for index, layer in enumerate(self.layers):
             if layer.n_out:
                 thin = to_rows(layer.run_thin(image))  # (P, n_out)
-                dense_features[:, first : first + layer.n_out] = thin[strip.own]
+                dense_features[:, first : first + layer.n_out] = thin[strip.inner_pixels]
                 first += layer.n_out
             layer.run_full(source, rows, features, workspace)
             if layer.from_output:
@@ -217,11 +216,11 @@ class BlockPlan:
             if index == len(self.layers) - 1:
                 break
             if index == 0:
-                source, rows = packed, _take(kernel_map.row_of_pixel, kernel_map.neighbors)
+                source, rows = important_and_rim, _take(kernel_map.row_of_pixel, kernel_map.neighbors)
             rim_features[:, layer.n_out : layer.n_in] = 0
             if layer.n_out:
                 rim_features[:, : layer.n_out] = _take(thin, rim)
-                if not layer.all_dense:
+                if not layer.inputs_all_dense:
                     thin.index_copy_(0, pixel, features[:, : layer.n_out])
                 image = to_image(thin, strip.mask.shape)
         return collected, dense_features
@@ -253,14 +252,14 @@ class BlockPlan:
             n_out, features = layer.n_out, image
             image = F.relu_(F.conv2d(image, layer.weight, padding=1))
             executed += strip.pixels * layer.weight.numel() + len(strip.inner) * f.shape[1] ** 2
-            if layer.all_dense:
+            if layer.inputs_all_dense:
                 image[:, n_out:].mul_(important)
             else:
                 image.mul_(important)
                 if n_out:
                     image[:, :n_out].addcmul_(layer.run_thin(features[:, : layer.n_in]), unimportant)
                     executed += strip.pixels * layer.thin.numel()
-            _accumulate(out, layer.collect(to_rows(image)[strip.own]), is_first=index == 0)
+            _accumulate(out, layer.collect(to_rows(image)[strip.inner_pixels]), is_first=index == 0)
         out += self.block.collect.bias
         return executed
 
@@ -288,10 +287,12 @@ class LayerPlan:
         channels = weight.shape[0]
         self.n_in, self.n_out = n_in, n_out
         self.weight = weight.contiguous(memory_format=torch.channels_last)
-        self.all_dense = n_in == channels  # then dense outputs at important pixels are the same as everywhere else
+        self.inputs_all_dense = (
+            n_in == channels
+        )  # then dense outputs at important pixels are the same as everywhere else
         # Everywhere, dense outputs from dense inputs; at important pixels, all outputs that are not the same there.
         self.thin = weight[:n_out, :n_in].contiguous(memory_format=torch.channels_last)
-        self.from_output = n_out // VECTOR * VECTOR if self.all_dense else 0
+        self.from_output = n_out // VECTOR * VECTOR if self.inputs_all_dense else 0
         full = to_matrix(self.weight[self.from_output :])  # (C', 9 C)
         self.full, self.full_macs = build_matmul(full, relu=True), full.numel()
         self.collect_weight = to_matrix(collect)  # (C, C)
@@ -318,7 +319,7 @@ class LayerPlan:
     def macs(self, pixels: int, important: int) -> int:
         """Multiply-adds that the masks require for this many pixels, some of them important."""
         channels = len(self.weight)
-        sparse = channels - self.n_out if self.all_dense else channels
+        sparse = channels - self.n_out if self.inputs_all_dense else channels
         convolved = pixels * self.thin.numel() + important * self.weight[:sparse].numel()
         collected = pixels * self.n_out + important * (channels - self.n_out)
         return convolved + collected * channels
@@ -342,8 +343,8 @@ class Strip:
         return self.mask.numel()
 
     @property
-    def own(self) -> slice:
-        """The inner pixels among the P."""
+    def inner_pixels(self) -> slice:
+        """Which of the P pixels are inner ones."""
         return slice(self.inner.start - self.start, self.inner.stop - self.start)
 
     def rows_in_map(self, pixel: torch.Tensor, outside: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ class Tile:
         """Cut the tile out of x (n, ..., scale h, scale W), the content of the tile `wider`."""
         return x[..., (self.top - wider.top) * scale : (self.bottom - wider.top) * scale, :]
 
-    def rows(self, shape: tuple[int, int, int]) -> range:
+    def pixels(self, shape: tuple[int, int, int]) -> range:
         """The pixels of the tile among all pixels of (N, H, W), counted in that order."""
         _, height, width = shape
         return range((self.first * height + self.top) * width, ((self.last - 1) * height + self.bottom) * width)

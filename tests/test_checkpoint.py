@@ -41,7 +41,7 @@ def test_options_round_trip_and_changed_ones_are_listed(experiment):
 def test_a_run_without_a_folder_cannot_be_resumed(tmp_path):
     experiment = Experiment("absent", tmp_path)
     for load in (experiment.load_options, experiment.load_checkpoint):
-        with pytest.raises(InputError, match=r"absent.*: does not exist; there is no run to resume") as error:
+        with pytest.raises(InputError, match=r"absent.*: does not exist; check the name of the run") as error:
             load()
         assert error.value.argument == "load"
     assert not experiment.exists()

@@ -286,7 +286,7 @@ MISTAKES = [
     (f"{TRAIN} --model RCAN", "--model: no such network 'RCAN'; there are SMSR, EDSR"),
     (f"{TRAIN} --loss L3", "--loss: .* there are L1, MSE"),
     (f"{TRAIN} --optimizer LION", "--optimizer: no such optimizer 'LION'; there are ADAM, SGD, RMSprop"),
-    (f"{TRAIN} --data_train Set9", "--dir_data: no set 'Set9' in data; available sets: Tiny, Tiny2"),
+    (f"{TRAIN} --data_train Set9", "data: contains no set 'Set9'; available sets: Tiny, Tiny2"),
     (f"{TRAIN} --dir_data nowhere", "--dir_data: no such folder 'nowhere'"),
     (f"{TRAIN} --scale 3", r"data.Tiny.LR_bicubic.X3: the LR images at x3 are missing; .*prepare_data\.py"),
     (f"{TRAIN} --patch_size 30", r"--patch_size: patches of 30x30 pixels do not fit into .*img0\.png \(20x24\); use"),
@@ -300,9 +300,9 @@ MISTAKES = [
         f"{TRAIN} --pre_train weights.pt --n_feats 16",
         r"--n_feats: weights\.pt holds SMSR weights for n_feats 8, not 16",
     ),
-    ("--load absent", "--load: experiment.absent: does not exist; there is no run to resume"),
-    ("--load absent --test_only", "--load: experiment.absent: does not exist; there is no run to resume"),
-    (f"{TEST} --data_test Set5", "--dir_data: no set 'Set5' in data"),
+    ("--load absent", "--load: experiment.absent: does not exist; check the name of the run"),
+    ("--load absent --test_only", "--load: experiment.absent: does not exist; check the name of the run"),
+    (f"{TEST} --data_test Set5", "data: contains no set 'Set5'"),
     (f"{TEST} --scale 4", r"--scale: weights\.pt holds SMSR weights for scale 2, not 4"),
     (f"{TEST} --pre_train absent.pt", r"absent\.pt: no such weights file"),
     (f"{TEST} --pre_train data/Tiny/HR/img0.png", r"data/Tiny/HR/img0\.png: cannot be read as PyTorch weights"),
@@ -314,7 +314,7 @@ MISTAKES = [
     (f"{TEST} --data_test demo --dir_demo absent", "absent: no such folder"),
     (f"{TEST} --data_test demo", "--dir_demo: missing"),
     (f"{TEST} --save ../up", "--save: '../up' is not a valid run name"),
-    ("--load ../up", "--save: '../up' is not a valid run name"),
+    ("--load ../up", "--load: '../up' is not a valid run name"),
 ]
 
 

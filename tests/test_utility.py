@@ -70,8 +70,8 @@ def test_an_error_survives_the_way_from_a_real_worker_process():
             "error: --loss: no such loss 'L3'; there are L1",
         ),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.png"), "error: a.png: No such file"),
-        (MemoryError(), "error: out of memory; use a smaller --batch_size"),
-        (RuntimeError("CUDA out of memory."), "error: out of memory; use a smaller --batch_size"),
+        (MemoryError(), "error: out of memory; use smaller images"),
+        (RuntimeError("CUDA out of memory."), "error: out of memory; use smaller images"),
     ],
 )
 def test_a_program_reports_mistakes_in_one_line_and_exits_with_2(error, line, capsys):

@@ -29,7 +29,7 @@ from data.resize import crop_to_multiple, downscale
 from data.srdata import EpochSampler, Patches, PatchLoader
 from option import count, positive_float, positive_int
 from tools.baselines import PickledPatches
-from tools.benchmark_inference import image_size, mirrored_photograph
+from tools.benchmark_inference import mirrored_photograph, parse_size
 from utility import InputError, write_json
 
 KINDS = ("pickle", "img", "sep", "bin")
@@ -38,7 +38,7 @@ WARM_UP_STEPS = 8  # batches in the first round; their speed determines the numb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=image_size, default=(1356, 2040), metavar="HxW", help="size of the HR images")
+    parser.add_argument("--size", type=parse_size, default=(1356, 2040), metavar="HxW", help="size of the HR images")
     parser.add_argument("--images", type=positive_int, default=8, help="number of image pairs")
     parser.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels per side of a patch")
     parser.add_argument("--batch_size", type=positive_int, default=16)

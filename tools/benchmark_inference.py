@@ -67,14 +67,14 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--images", type=Path, metavar="DIR", help="folder of LR images (default: the Sample set)")
     images.add_argument(
-        "--size", type=image_size, metavar="HxW", help="use one LR image of this size, a mirrored photograph"
+        "--size", type=parse_size, metavar="HxW", help="use one LR image of this size, a mirrored photograph"
     )
     parser.add_argument("--threads", type=positive_int, help="number of CPU threads (default: PyTorch's choice)")
     parser.add_argument("--repeats", type=positive_int, default=11, help="number of timed calls per network")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
 
-def image_size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
     """'360x640' -> (360, 640), height and width."""
     match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
     if not match:
@@ -114,7 +114,10 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     device, dtype = pick_device(args.device), PRECISIONS[args.precision]
     model = load_model(args.pre_train, "SMSR").to(device, dtype, memory_format=torch.channels_last)
-    edsr = build_model("EDSR", scale=model.scale, n_colors=model.n_colors).eval()
+    try:
+        edsr = build_model("EDSR", scale=model.scale, n_colors=model.n_colors).eval()
+    except InputError as error:  # EDSR does not exist for every scale
+        raise InputError(f"--pre_train {args.pre_train}: {error}") from None
     edsr = edsr.to(device, dtype, memory_format=torch.channels_last)
     batches = {
         name: model.to_input(np.repeat(image[None], args.batch, axis=0))

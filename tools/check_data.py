@@ -29,7 +29,7 @@ class PairFacts:
     max_difference: int = 0  # from MATLAB's bicubic
 
 
-def main(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Describe the set in `args.folder` and list its problems. Returns the exit code: 1 if there are any.
 
     Raises InputError if the folder does not contain a set, or the set is empty.

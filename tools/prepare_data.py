@@ -62,11 +62,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_set_arguments(benchmark)
     benchmark.set_defaults(min_size=1)
     div2k = commands.add_parser("div2k", help="unpack DIV2K")
-    div2k.set_defaults(run=unpack_div2k.main)
+    div2k.set_defaults(run=unpack_div2k.run)
     div2k.add_argument("--archive_dir", type=Path, required=True, help="folder with the archives or unpacked folders")
     div2k.add_argument("--out", type=Path, required=True, help=OUT_HELP)
     check = commands.add_parser("check", help="look for problems in a set")
-    check.set_defaults(run=check_data.main)
+    check.set_defaults(run=check_data.run)
     check.add_argument("folder", type=Path, metavar="DIR", help="folder with HR and LR_bicubic, or of DIV2K")
     check.add_argument("--scale", type=positive_int, required=True, help="scale of the LR images to check")
     for command in commands.choices.values():

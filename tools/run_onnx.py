@@ -151,7 +151,7 @@ def find(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise InputError(f"--input {source}: no such file or folder; check the path")
-    extensions = Image.registered_extensions()
+    extensions = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = [path for path in sorted(source.iterdir()) if path.suffix.lower() in extensions and path.name[0] != "."]
     if not paths:
         raise InputError(f"--input {source}: contains no images; pass a folder of images or one image")

@@ -15,7 +15,7 @@ MEMBER = re.compile(r"(?:^|/)(DIV2K_(train|valid)_(?:HR|LR_bicubic/X\d+)/\d{4}(?
 N_PUBLISHED = {"train": 800, "valid": 100}
 
 
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Write <out>/DIV2K from all archives and folders in `args.archive_dir`, and print the number of images per folder.
 
     Raises InputError if the folder contains no part of DIV2K, or an archive is damaged.

@@ -42,7 +42,7 @@ def test_images_that_fit_in_one_tile_are_not_cut():
 def test_the_rows_of_a_tile_are_those_of_its_pixels():
     pixels = torch.arange(3 * 10 * 7).view(3, 10, 7)
     for tile in (Tile(1, 2, 3, 6), Tile(2, 3, 0, 10), Tile(0, 3, 0, 10)):
-        rows = tile.rows(pixels.shape)
+        rows = tile.pixels(pixels.shape)
         assert torch.equal(tile.crop(pixels).flatten(), torch.arange(rows.start, rows.stop))
 
 
