@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ def evaluate(
             row = {"name": name, "lr_shape": list(lr.shape[:2])}
             row |= compare(sr, hr, images.scale, rgb=not images.benchmark)
             row |= {"seconds": seconds, "mask_density": cost.mask_density, "active_share": cost.active_share}
-            measured.append((row, replace(cost, masks=())))
+            measured.append((row, cost.without_masks()))
     shares = distributed.gather(measured)  # image by image, in the order in which they were distributed
     rows, costs = zip(*(shares[i % len(shares)][i // len(shares)] for i in range(len(images))), strict=True)
     facts = {"dataset": images.name, "scale": images.scale, "model": type(model).__name__}

@@ -29,9 +29,13 @@ def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 def check_images(x: torch.Tensor, n_colors: int) -> None:
-    """Raise InputError unless x is (N, n_colors, H, W), not empty, without NaN and infinity."""
+    """Raise InputError unless x is (N, n_colors, H, W), and not empty."""
     if x.ndim != 4 or x.shape[1] != n_colors or not x.numel():
         raise InputError(f"this network takes images (N, {n_colors}, H, W), not {tuple(x.shape)}; reshape them")
+
+
+def check_finite(x: torch.Tensor) -> None:
+    """Raise InputError if images x (N, n_colors, H, W) contain NaN or infinity. Waits for the device."""
     if not x.isfinite().all():
         image, channel, row, column = x.isfinite().logical_not().nonzero()[0].tolist()
         value = x[image, channel, row, column].item()
@@ -39,3 +43,15 @@ def check_images(x: torch.Tensor, n_colors: int) -> None:
             f"image {image} of the batch is {value} at row {row}, column {column}, channel {channel}; "
             "pass finite pixels"
         )
+
+
+def bicubic_weights(scale: int, n_colors: int) -> torch.Tensor:
+    """Bicubic upscaling as a 5x5 convolution before a pixel shuffle: (n_colors scale^2, n_colors, 5, 5)."""
+    points = torch.eye(25).view(25, 1, 5, 5)  # each of the 5 x 5 input pixels alone
+    spread = F.interpolate(points, scale_factor=scale, mode="bicubic", align_corners=False)
+    middle = slice(2 * scale, 3 * scale)  # the s x s output pixels of the middle one
+    kernel = spread[:, 0, middle, middle].reshape(5, 5, -1).permute(2, 0, 1)  # (s^2, 5, 5)
+    weights = torch.zeros(n_colors, scale**2, n_colors, 5, 5)
+    for color in range(n_colors):
+        weights[color, :, color] = kernel
+    return weights.flatten(0, 1)

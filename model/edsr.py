@@ -9,7 +9,7 @@ import math
 import torch
 from torch import nn
 
-from model.common import check_images, conv3x3
+from model.common import check_finite, check_images, conv3x3
 from model.network import Cost, Network, conv_macs, drop_mean_shifts, stored_settings
 from model.tiling import Tile, map_tiles, split_into_tiles
 from utility import InputError
@@ -115,6 +115,7 @@ class EDSR(Network):
         if mode not in ("auto", "dense"):
             raise InputError(f"EDSR skips nothing and has no mode {mode!r}; use auto or dense", argument="inference")
         check_images(x, self.n_colors)
+        check_finite(x)
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         macs = pixels * self._macs_per_pixel()
         cost = Cost(pixels=pixels, macs=macs, macs_dense=macs, macs_run=macs, active=pixels)

@@ -1,7 +1,7 @@
 """What every network here offers: its settings, conversion from and to 8-bit images, and the cost of a forward pass."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -44,6 +44,9 @@ class Cost:
             active=self.active + other.active,
         )
 
+    def without_masks(self) -> "Cost":
+        return replace(self, masks=())
+
     @property
     def mask_density(self) -> list[float]:
         """Share of important pixels in the mask of each SMM, 0...1."""
@@ -53,6 +56,31 @@ class Cost:
     def active_share(self) -> float:
         """Share of the work of the sparse convolutions that was done, 0...1."""
         return self.active / self.pixels
+
+
+class DeferredCost:
+    """A `Cost` that is computed when one of its counts is read, because that waits for the device.
+
+    compute: returns the Cost; masks: as in Cost, available without waiting
+    """
+
+    def __init__(self, compute: Callable[[], Cost], masks: tuple[torch.Tensor, ...] = ()):
+        self._compute, self._cost, self.masks = compute, None, masks
+
+    def resolve(self) -> Cost:
+        """The Cost itself. Raises InputError if the images contained NaN or infinity."""
+        if self._cost is None:
+            self._cost = self._compute()
+        return self._cost
+
+    def __getattr__(self, name: str):
+        return getattr(self.resolve(), name)
+
+    def __add__(self, other: Cost) -> Cost:
+        return self.resolve() + other
+
+    def without_masks(self) -> Cost:
+        return self.resolve().without_masks()
 
 
 Predict = Callable[[torch.Tensor], tuple[torch.Tensor, Cost]]  # LR images -> SR images and their cost

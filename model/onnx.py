@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.common import bicubic_weights
 from model.edsr import EDSR
 from model.network import Network
 from model.sparse import BlockPlan, LayerPlan, Plan, find_neighbors, to_image, to_matrix, to_rows
@@ -300,18 +301,6 @@ def _accumulate_conv(total, x, weight, bias):
     ONNX Runtime adds convolutions in their own memory layout, but not a convolution and a vector.
     """
     return F.conv2d(x, weight, bias) if total is None else total + F.conv2d(x, weight)
-
-
-def bicubic_weights(scale: int, n_colors: int) -> torch.Tensor:
-    """Bicubic upscaling as a 5x5 convolution before a pixel shuffle: (n_colors scale^2, n_colors, 5, 5)."""
-    points = torch.eye(25).view(25, 1, 5, 5)  # each of the 5 x 5 input pixels alone
-    spread = F.interpolate(points, scale_factor=scale, mode="bicubic", align_corners=False)
-    middle = slice(2 * scale, 3 * scale)  # the s x s output pixels of the middle one
-    kernel = spread[:, 0, middle, middle].reshape(5, 5, -1).permute(2, 0, 1)  # (s^2, 5, 5)
-    weights = torch.zeros(n_colors, scale**2, n_colors, 5, 5)
-    for color in range(n_colors):
-        weights[color, :, color] = kernel
-    return weights.flatten(0, 1)
 
 
 def _replicate_edges(x, *, before, below, right):

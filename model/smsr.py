@@ -10,13 +10,12 @@ dense; tau is the temperature of the Gumbel-softmax.
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import sparse
+from model import engines, sparse
 from model.common import check_images, conv3x3, pad_to_multiple
 from model.network import Cost, Network, drop_mean_shifts, stored_settings
 
@@ -183,7 +182,11 @@ class SMSR(Network):
         rgb_range: largest pixel value, saved with the weights
     """
 
-    peak_maps = 8  # feature maps that inference holds in memory at its peak
+    @property
+    def peak_maps(self) -> int:
+        """Feature maps that inference holds in memory at its peak."""
+        fused = len(self.blocks) + max(len(self.blocks[0].convs) - 1, 2) + 3
+        return fused if self.mean.is_cuda else 8
 
     def __init__(
         self,
@@ -199,7 +202,7 @@ class SMSR(Network):
         self.blocks = nn.ModuleList(SMM(n_feats, n_layers) for _ in range(n_blocks))
         self.collect = Collect(n_feats, n_blocks)
         self.tail = Tail(n_feats, n_colors, scale)
-        self._plan = self._planned_weights = None
+        self._engine = self._planned_weights = None
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -244,26 +247,21 @@ class SMSR(Network):
         """LR images -> SR images and their cost, without gradients; the masked work is skipped.
 
         mode and tile are described in `sparse.Plan`: how each module runs, and how much of an image at a time.
-        Raises InputError if the images or the weights contain NaN or infinity.
+        Raises InputError if the images or the weights contain NaN or infinity; on a GPU, reading the cost does.
         """
         check_images(x, self.n_colors)
-        height, width = x.shape[-2:]
-        x = pad_to_multiple(x - self.mean, 2).contiguous(memory_format=torch.channels_last)
-        sr, cost = self._current_plan()(x, mode, tile)
-        masks = tuple(mask[..., :height, :width] for mask in cost.masks)
-        return sr[..., : height * self.scale, : width * self.scale], replace(cost, masks=masks)
+        return self._current_engine()(x, mode, tile)
 
-    def _current_plan(self) -> sparse.Plan:
-        def is_same(a, b):  # by value: changes through .data are noticed too
-            return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-
+    def _current_engine(self) -> engines.Engine:
         weights, planned = list(self.parameters()), self._planned_weights
-        if planned is None or len(weights) != len(planned) or not all(map(is_same, weights, planned)):
-            self._plan, self._planned_weights = sparse.Plan(self), [weight.detach().clone() for weight in weights]
-        return self._plan
+        if planned is None or len(weights) != len(planned) or not all(map(_is_unchanged, weights, planned)):
+            plan = sparse.Plan(self)
+            self._engine = engines.pick_engine(plan)
+            self._planned_weights = [_fingerprint(weight) for weight in weights]
+        return self._engine
 
     def __getstate__(self):  # copies and pickles build their own plan
-        return {**super().__getstate__(), "_plan": None, "_planned_weights": None}
+        return {**super().__getstate__(), "_engine": None, "_planned_weights": None}
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -285,6 +283,21 @@ class SMSR(Network):
     def translate(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rename the keys of the published checkpoints to ours; other keys stay the same."""
         return {_rename(key): value for key, value in drop_mean_shifts(state_dict).items()}
+
+
+def _fingerprint(weight: torch.Tensor) -> torch.Tensor | tuple:
+    """What tells whether a weight has changed since. Comparing values on a GPU would wait for it in every call."""
+    if weight.is_cuda:
+        version = None if weight.is_inference() else weight._version
+        return weight.data_ptr(), version, weight.dtype, weight.shape, weight.device
+    return weight.detach().clone()
+
+
+def _is_unchanged(weight: torch.Tensor, before: torch.Tensor | tuple) -> bool:
+    """On a CPU by value, so that changes through .data are noticed too; on a GPU they are not."""
+    if isinstance(before, tuple) or weight.is_cuda:
+        return _fingerprint(weight) == before
+    return weight.dtype == before.dtype and torch.equal(weight, before)
 
 
 _PUBLISHED_KEYS = (

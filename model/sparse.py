@@ -16,12 +16,13 @@ masked dense gathers nothing: it convolves everything and then zeroes what the m
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.common import check_finite, pad_to_multiple
 from model.matmul import build_matmul
 from model.network import Cost, conv_macs
 from model.tiling import Tile, map_tiles, split_into_tiles
@@ -39,15 +40,15 @@ Shape = tuple[int, int, int]  # N, H, W
 class Plan:
     """A trained SMSR, compiled from its present weights.
 
-    Call with images (N, n_colors, H, W) without their mean, H and W even. Returns SR images (N, n_colors, scale H,
-    scale W) and their `Cost`. The other arguments of a call:
+    Call with images (N, n_colors, H, W) in 0...rgb_range. Returns SR images (N, n_colors, scale H, scale W) and their
+    `Cost`. The other arguments of a call:
 
         mode: "sparse" gathers in every module, "dense" in none, "auto" where that is faster, by the density of the
             mask and a threshold that is measured once per device
         tile: run on strips of about tile x tile pixels and keep at most three feature maps, to save memory; the result
             is the same. None: whatever is fastest
 
-    Raises InputError if the weights contain NaN or infinity or do not fit each other, and for another mode.
+    Raises InputError if weights or images contain NaN or infinity, weights do not fit each other, or for another mode.
     """
 
     def __init__(self, model: nn.Module):
@@ -67,12 +68,18 @@ class Plan:
     def __call__(self, x: torch.Tensor, mode: str = "auto", tile: int | None = None) -> tuple[torch.Tensor, Cost]:
         if mode not in INFERENCE_MODES:
             raise InputError(f"no such mode {mode!r}; there are {', '.join(INFERENCE_MODES)}", argument="inference")
+        check_finite(x)
+        height, width = x.shape[-2:]
+        x = pad_to_multiple(x - self.model.mean, 2).contiguous(memory_format=torch.channels_last)
         workspace = self._workspaces.pop() if self._workspaces else Workspace()  # each thread has its own
         try:
             with torch.autocast(x.device.type, enabled=False):
-                return self._run(x, mode, tile, workspace)
+                sr, cost = self._run(x, mode, tile, workspace)
         finally:
             self._workspaces.append(workspace)
+        masks = tuple(mask[..., :height, :width] for mask in cost.masks)
+        scale = self.model.scale
+        return sr[..., : height * scale, : width * scale], replace(cost, masks=masks)
 
     def _run(self, x, mode, tile, workspace):
         n, _, height, width = x.shape
@@ -92,7 +99,7 @@ class Plan:
             f = features
         total = to_image(total.add_(self.model.collect.reduce.bias).relu_(), shape)
         sr = self._reconstruct(x, total, None if save_memory else to_image(head[:pixels], shape), tiles)
-        return sr, self._total_cost(costs, pixels, self.head_macs * pixels if save_memory else 0)
+        return sr, self.total_cost(costs, pixels, self.head_macs * pixels if save_memory else 0)
 
     def _finish_block(self, index, f, y, features, total, shape):
         """Write f + attention(y) to the map `features` and add its part of the 1x1 collection to `total`."""
@@ -119,13 +126,14 @@ class Plan:
             tile.crop(sr, model.scale).add_(tile.crop_from(wider, model.tail(part), model.scale))
         return sr
 
-    def _total_cost(self, costs, pixels, head_macs_again):
+    def total_cost(self, costs: list[Cost], pixels: int, again: int = 0) -> Cost:
+        """The cost of the network from the costs of its modules; again: multiply-adds that were repeated."""
         fixed = self.fixed_macs * pixels
         return Cost(
             pixels=pixels,
             macs=fixed + sum(cost.macs for cost in costs),
             macs_dense=fixed + sum(cost.macs_dense for cost in costs),
-            macs_run=fixed + head_macs_again + sum(cost.macs_run for cost in costs),
+            macs_run=fixed + again + sum(cost.macs_run for cost in costs),
             important=tuple(count for cost in costs for count in cost.important),
             active=sum(cost.active for cost in costs) / len(costs),
             masks=tuple(mask for cost in costs for mask in cost.masks),
@@ -177,7 +185,7 @@ class BlockPlan:
             wider = tile.grow(len(self.layers), shape[1])  # one row per layer
             strip = Strip(wider.crop(mask), wider.pixels(shape).start, tile.pixels(shape))
             executed += run(f, y, strip, workspace)
-        return self._cost(mask, important, executed)
+        return self.cost(mask.numel(), important, executed, mask[:, None])
 
     def _run_sparse(self, f, y, strip, workspace):
         """Write the rows `strip.inner` of the map y; returns the multiply-adds executed."""
@@ -263,8 +271,8 @@ class BlockPlan:
         out += self.block.collect.bias
         return executed
 
-    def _cost(self, mask, important, executed):
-        pixels = mask.numel()
+    def cost(self, pixels: int, important: int, executed: int, mask: torch.Tensor) -> Cost:
+        """The cost of this module for a mask (N, 1, H, W) with some important pixels."""
         masking = self.mask_macs * pixels
         return Cost(
             pixels=pixels,
@@ -273,7 +281,7 @@ class BlockPlan:
             macs_run=executed,
             important=(important,),
             active=important + (pixels - important) * self.dense_share,
-            masks=(mask[:, None],),
+            masks=(mask,),
         )
 
 

@@ -4,6 +4,7 @@
     python tools/benchmark.py train --baseline
     python tools/benchmark.py data
     python tools/benchmark.py onnx --pre_train WEIGHTS --images DIR
+    python tools/benchmark.py gpu --json gpu.json
     python tools/benchmark.py COMMAND --help
 
 Without a command, the options are those of `inference`.
@@ -16,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from option import Parser
-from tools import benchmark_data, benchmark_inference, benchmark_onnx, benchmark_train
+from tools import benchmark_data, benchmark_gpu, benchmark_inference, benchmark_onnx, benchmark_train
 from utility import run_program
 
 COMMANDS = {
@@ -24,6 +25,7 @@ COMMANDS = {
     "train": benchmark_train,
     "data": benchmark_data,
     "onnx": benchmark_onnx,
+    "gpu": benchmark_gpu,
 }
 DEFAULT_COMMAND = "inference"
 
@@ -49,9 +51,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return build_parser().parse_args(argv if has_command else [DEFAULT_COMMAND, *argv])
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     args = parse(sys.argv[1:] if argv is None else argv)
-    COMMANDS[args.command].run(args)
+    return COMMANDS[args.command].run(args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model.common import DIV2K_RGB_MEAN, check_images, mean_color, pad_to_multiple
+from model.common import DIV2K_RGB_MEAN, check_finite, check_images, mean_color, pad_to_multiple
 from utility import InputError
 
 
@@ -26,11 +26,12 @@ def test_padding_repeats_the_last_row_and_column(size):
 
 def test_images_are_checked():
     check_images(torch.zeros(2, 3, 4, 5), 3)
+    check_finite(torch.zeros(2, 3, 4, 5))
     for value in (float("nan"), float("inf"), float("-inf")):
         x = torch.zeros(2, 3, 4, 5)
         x[1, 2, 3, 0] = value
         with pytest.raises(InputError, match=f"image 1 .* {value} at row 3, column 0, channel 2"):
-            check_images(x, 3)
+            check_finite(x)
     with pytest.raises(InputError, match=r"\(N, 1, H, W\).*\(1, 3, 4, 5\)"):
         check_images(torch.zeros(1, 3, 4, 5), 1)
     with pytest.raises(InputError, match=r"\(3, 4, 5\)"):

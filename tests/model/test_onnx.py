@@ -8,7 +8,8 @@ import torch
 
 from data.image import read_image
 from model import build_model, load_model
-from model.onnx import GATHER_ROWS, GRAPH_MODES, PIXELS, bicubic_weights, build_graph_module, export
+from model.common import bicubic_weights
+from model.onnx import GATHER_ROWS, GRAPH_MODES, PIXELS, build_graph_module, export
 from utility import InputError
 
 onnx = pytest.importorskip("onnx")

@@ -19,31 +19,8 @@ from model import load_model, sparse
 from model.smsr import DENSE, SMM, SMSR
 from model.sparse import INFERENCE_MODES, BlockPlan, Plan, Workspace, break_even, build_kernel_map, find_neighbors
 from model.tiling import split_into_tiles
+from tests.model.masks import with_dense_channels, with_density
 from utility import InputError
-
-
-def with_density(block, x, density):
-    """Shift the mask branch so that this share of the pixels of x is important."""
-    with torch.no_grad():
-        logits = block.spatial_mask(x)
-        margin = (logits[:, 1] - logits[:, 0]).flatten().sort().values
-        important = round(density * len(margin))
-        if important == 0:
-            cut = margin[-1] + 1
-        elif important == len(margin):
-            cut = margin[0] - 1
-        else:
-            cut = margin[len(margin) - important - 1 : len(margin) - important + 1].mean()
-        block.spatial_mask.logits.bias[0] += cut
-
-
-def with_dense_channels(block, counts):
-    """Make random channels dense, `counts` of them in the first layers."""
-    with torch.no_grad():
-        for layer, count in enumerate(counts):
-            dense = torch.randperm(block.channel_logits.shape[1])[:count]
-            block.channel_logits[0, :, layer] = torch.tensor([0.0, 1.0])
-            block.channel_logits[0, dense, layer] = torch.tensor([1.0, 0.0])
 
 
 @torch.no_grad()
@@ -416,9 +393,9 @@ def test_executed_multiply_adds_are_those_that_pytorch_counts(mode):
 
 def test_the_plan_is_kept_until_the_weights_change(tiny):
     tiny.eval()(torch.rand(1, 3, 4, 4))
-    plan = tiny._plan
+    plan = tiny._engine
     tiny.eval()(torch.rand(2, 3, 6, 6))
-    assert tiny._plan is plan
+    assert tiny._engine is plan
 
 
 def test_weights_created_in_inference_mode():

@@ -1,0 +1,347 @@
+"""The fused engine: SMSR on a GPU with Triton kernels that gather while they multiply.
+
+It computes what sparse.Plan computes, from the same preparation of the weights: channels of a layer in the order dense,
+then sparse. Important pixels, their number and pooled sums stay on the device, so a forward never waits for the host.
+docs/sparse-inference.md explains the method.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import nn
+
+from model.common import bicubic_weights
+from model.engines import fused_kernels as kernels
+from model.engines.graphs import MAX_SHARE, GraphCache
+from model.network import Cost, DeferredCost
+from model.sparse import BlockPlan, Plan
+from utility import InputError, is_out_of_memory, logger
+
+MAX_FEATS = 128  # a tile holds all channels of its pixels in registers
+MAX_NUMBERS = 2**31 - 1  # in a map of one image: kernels count them in 32 bits
+SMALL_TILE = 64  # pixels per tile of the kernels that only read and write
+
+
+def pad_size(size: int) -> int:
+    """The smallest power of two that holds `size` channels and that a tensor core can multiply; 0 for none."""
+    return 0 if size == 0 else max(16, triton.next_power_of_2(size))
+
+
+def pad_to(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """Append zeros until the last axes have these sizes."""
+    missing = [size - have for size, have in zip(sizes, tensor.shape[-len(sizes) :], strict=True)]
+    return F.pad(tensor, [pad for amount in reversed(missing) for pad in (0, amount)]).contiguous()
+
+
+def to_taps(weight: torch.Tensor) -> torch.Tensor:
+    """Weights of a convolution (C', C, 3, 3) -> (9, C, C')."""
+    return weight.detach().permute(2, 3, 1, 0).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """Weights of one sparse mask convolution: w (9, C, C), thin (9, d_in, d_out); padded numbers of dense channels."""
+
+    w: torch.Tensor
+    thin: torch.Tensor
+    d_in: int
+    d_out: int
+
+
+class FusedBlock:
+    """The weights of a sparse mask module, padded and in the order that the kernels read."""
+
+    def __init__(self, plan: BlockPlan, channels: int):
+        block = plan.block
+        self.layers, n_in = [], plan.layers[0].n_in
+        for layer in plan.layers:
+            n_out = layer.n_out if n_in else 0  # dense outputs without dense inputs are zero
+            d_in, d_out = pad_size(n_in), pad_size(n_out)
+            thin = pad_to(to_taps(layer.weight[:n_out, :n_in]), max(d_in, 1), max(d_out, 1))
+            self.layers.append(FusedLayer(pad_to(to_taps(layer.weight), channels, channels), thin, d_in, d_out))
+            n_in = n_out
+        collect = [layer.collect_weight.detach().T for layer in plan.layers]
+        self.collect = torch.stack([pad_to(weight, channels, channels) for weight in collect])  # (L, C, C)
+        self.collect_bias = pad_to(block.collect.bias.detach(), channels)
+        self.dense_code = sum(layer.d_out << (8 * index) for index, layer in enumerate(self.layers))
+        self._prepare_mask_branch(block.spatial_mask, channels)
+        self._prepare_attention(block.attention, channels)
+
+    def _prepare_mask_branch(self, branch: nn.Module, channels: int) -> None:
+        hidden = branch.full.out_channels
+        self.hidden = pad_size(hidden)
+        window = branch.full.weight.new_zeros(4, 4, channels, 2, 2, self.hidden)  # a 4x4 window gives 2x2 pixels
+        weight = branch.full.weight.detach().permute(2, 3, 1, 0)  # (3, 3, C, R)
+        for y in range(2):
+            for x in range(2):
+                window[y : y + 3, x : x + 3, : weight.shape[2], y, x, :hidden] = weight
+        self.pool_w = window.reshape(16, channels, 4 * self.hidden).contiguous()
+        self.pool_bias = pad_to(branch.full.bias.detach(), self.hidden).repeat(4)
+        self.mid_w = pad_to(to_taps(branch.pooled.weight), self.hidden, self.hidden)
+        self.mid_bias = pad_to(branch.pooled.bias.detach(), self.hidden)
+        # A pixel is important if its second logit is larger, so the difference of both is enough.
+        logits = branch.logits.weight.detach().float()  # (R, 2, 3, 3)
+        self.decide_w = pad_to((logits[:, 1] - logits[:, 0]).permute(1, 2, 0).reshape(9, hidden), 9, self.hidden)
+        bias = branch.logits.bias.detach().float()
+        self.decide_bias = (bias[1] - bias[0]).reshape(1)
+
+    def _prepare_attention(self, attention: nn.Module, channels: int) -> None:
+        squeeze, _, excite, _ = (module for module in attention)
+        self.squeezed = triton.next_power_of_2(squeeze.out_channels)
+        self.squeeze_w = pad_to(squeeze.weight.detach().flatten(1).float(), self.squeezed, channels)
+        self.squeeze_bias = pad_to(squeeze.bias.detach().float(), self.squeezed)
+        self.excite_w = pad_to(excite.weight.detach().flatten(1).float(), channels, self.squeezed)
+        self.excite_bias = pad_to(excite.bias.detach().float(), channels)
+
+
+class FusedResult(NamedTuple):
+    """What a forward leaves on the device.
+
+    sr          (N, n_colors, scale height, scale width)
+    masks       bool (K, N, 1, height, width), without padding
+    important   int32 (K, N), important pixels, padding included
+    not_finite  int32 (1,), 1 if the images contain NaN or infinity
+    """
+
+    sr: torch.Tensor
+    masks: torch.Tensor
+    important: torch.Tensor
+    not_finite: torch.Tensor
+
+
+class FusedPlan:
+    """A compiled SMSR for a GPU. Call with images (N, n_colors, height, width) in 0...rgb_range, any size.
+
+    plan: the plain plan, whose preparation of the weights is used
+    """
+
+    def __init__(self, plan: Plan):
+        model = self.model = plan.model
+        channels = self.channels = pad_size(model.n_feats)
+        self.tile = 128 if channels <= 64 else 64
+        self.options = {"num_warps": 4 if channels <= 64 else 8}  # so that registers suffice
+        self.stages = 3 if channels <= 64 else 2  # as many as shared memory holds
+        self.blocks = [FusedBlock(block, channels) for block in plan.blocks]
+        n_blocks, n_colors, scale = len(self.blocks), model.n_colors, model.scale
+        first, _, second = model.head
+        self.first_k = pad_size(9 * n_colors)
+        self.first_w = pad_to(to_taps(first.weight).reshape(9 * n_colors, model.n_feats), self.first_k, channels)
+        self.first_bias = pad_to(first.bias.detach(), channels)
+        self.mean = model.mean.flatten().contiguous()
+        self.head_w, self.head_bias = self._square(second)
+        self.fuse_w, self.fuse_bias = self._square(model.collect.fuse)
+        reduce = model.collect.reduce.weight.detach()[:, :, 0, 0].T.chunk(n_blocks)  # K of (C, C), inputs first
+        self.reduce_w = torch.stack([pad_to(weight, channels, channels) for weight in reduce])
+        self.reduce_bias = pad_to(model.collect.reduce.bias.detach(), channels)
+        tail, self.tail_k = model.tail.conv, pad_size(n_colors * scale**2)
+        self.tail_w = pad_to(to_taps(tail.weight), channels, self.tail_k)
+        self.tail_bias = pad_to(tail.bias.detach(), self.tail_k)
+        bicubic = bicubic_weights(scale, n_colors).flatten(1).T.to(model.device)  # (25 n_colors, n_colors scale^2)
+        self.bicubic = pad_to(bicubic, 25 * n_colors, self.tail_k)
+
+    def _square(self, conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
+        return pad_to(to_taps(conv.weight), self.channels, self.channels), pad_to(conv.bias.detach(), self.channels)
+
+    @staticmethod
+    def supports(model: nn.Module, x: torch.Tensor) -> bool:
+        """Whether the engine can run these images (N, n_colors, H, W)."""
+        numbers = (x.shape[2] + 1) * (x.shape[3] + 1) * max(pad_size(model.n_feats), model.n_colors * model.scale**2)
+        return model.n_feats <= MAX_FEATS and numbers <= MAX_NUMBERS and len(x) < 2**16
+
+    def needed_bytes(self, x: torch.Tensor) -> int:
+        """The memory of the feature maps of a forward."""
+        n_maps = len(self.blocks) + max(len(self.blocks[0].layers) - 1, 2) + 2
+        return n_maps * x.numel() // x.shape[1] * self.channels * x.element_size()
+
+    def executed_macs(self, block: FusedBlock, pixels: int, important: int) -> int:
+        """Multiply-adds of the layers of a module for this many pixels, some of them important."""
+        square, macs = self.channels**2, 0
+        for layer in block.layers:
+            macs += important * 10 * square + (pixels - important) * layer.d_out * (9 * layer.d_in + self.channels)
+        return macs
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor) -> FusedResult:
+        n, n_colors, height, width = x.shape
+        run = _Run(self, x)
+        total = x.new_empty(len(self.blocks), n, dtype=torch.int32)
+        zeros = x.new_zeros(len(self.blocks) * n * self.channels + 1, dtype=torch.int64)
+        pooled, not_finite = zeros[:-1].view(len(self.blocks), n, self.channels), zeros[-1:].view(torch.int32)[:1]
+        masks = x.new_empty(len(self.blocks), n, run.height, run.width, dtype=torch.uint8)
+        head, scratch = run.new_map(), run.new_map()
+        run.first_conv(x, scratch, not_finite)
+        run.conv(scratch, self.head_w, self.head_bias, None, head)
+        n_layers = len(self.blocks[0].layers)
+        maps = x.new_empty(max(n_layers - 1, 2), n, run.pixels, self.channels)
+        features = x.new_empty(len(self.blocks), n, run.pixels, self.channels)
+        f = head
+        for k, block in enumerate(self.blocks):
+            run.make_mask(block, f, masks[k], total[k])
+            run.run_layers(block, f, maps, total[k], scratch, pooled[k])
+            run.attend(block, f, scratch, pooled[k], features[k])
+            f = features[k]
+        run.reduce(features, maps[0])
+        run.conv(maps[0], self.fuse_w, self.fuse_bias, head, maps[1])
+        sr = x.new_empty(n, n_colors, height * self.model.scale, width * self.model.scale)
+        run.reconstruct(maps[1], x, sr)
+        masks = masks.view(torch.bool)[:, :, None, :height, :width]
+        return FusedResult(sr, masks, total, not_finite)
+
+
+class FusedEngine:
+    """Runs a network by its FusedPlan, in CUDA graphs; what that does not support runs by the plain plan.
+
+    The images and the mode are those of sparse.Plan. Nothing waits for the device before the cost is read.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plain, self.fused = plan, None
+        self.reported: set[str] = set()
+        if plan.model.n_feats > MAX_FEATS:
+            self._report(f"the network has more than {MAX_FEATS} features")
+        else:
+            self.fused = FusedPlan(plan)
+            self.graphs = GraphCache(self.fused)
+
+    def __call__(
+        self, x: torch.Tensor, mode: str = "auto", tile: int | None = None
+    ) -> tuple[torch.Tensor, Cost | DeferredCost]:
+        if self.fused is None or mode not in ("auto", "sparse") or tile is not None:
+            return self.plain(x, mode, tile)
+        if not self.fused.supports(self.plain.model, x):
+            self._report(f"{x.shape[2]}x{x.shape[3]} pixels are too many")
+            return self.plain(x, mode, tile)
+        try:
+            limit = MAX_SHARE * torch.cuda.get_device_properties(x.device).total_memory if x.is_cuda else 0
+            result = FusedResult(*self.graphs(x, may_capture=self.fused.needed_bytes(x) < limit))
+        except Exception as error:  # Triton fails in many ways; plain operators give the same result
+            if is_out_of_memory(error):
+                raise
+            self._report(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'failed'}")
+            self.fused = None
+            return self.plain(x, mode, tile)
+        return result.sr, self._defer_cost(x, result)
+
+    def _report(self, problem: str) -> None:
+        if problem not in self.reported:
+            self.reported.add(problem)
+            logger.info(f"fused engine: {problem}; using plain operators, which are slower")
+
+    def _defer_cost(self, x: torch.Tensor, result: FusedResult) -> DeferredCost:
+        n, _, height, width = x.shape
+        pixels = n * (height + height % 2) * (width + width % 2)
+        masks, fused = tuple(result.masks), self.fused
+
+        def compute():
+            if result.not_finite.item():
+                raise InputError("the images contain NaN or infinity; pass finite pixels")
+            costs = []
+            for k, important in enumerate(result.important.sum(1).tolist()):
+                block = self.plain.blocks[k]
+                executed = block.mask_macs * pixels + fused.executed_macs(fused.blocks[k], pixels, important)
+                costs.append(block.cost(pixels, important, executed, masks[k]))
+            return self.plain.total_cost(costs, pixels)
+
+        return DeferredCost(compute, masks)
+
+
+class _Run:
+    """One forward: sizes, work memory, and the launch of each kernel."""
+
+    def __init__(self, plan: FusedPlan, x: torch.Tensor):
+        self.plan, self.x = plan, x
+        self.n, _, self.image_height, self.image_width = x.shape
+        self.height, self.width = self.image_height + self.image_height % 2, self.image_width + self.image_width % 2
+        self.pixels = self.height * self.width
+        self.pooled_height, self.pooled_width = self.height // 2, self.width // 2
+        self.pooled_pixels = self.pixels // 4
+        self.grid = (triton.cdiv(self.pixels, plan.tile), self.n)
+        self.pooled_grid = (triton.cdiv(self.pooled_pixels, SMALL_TILE), self.n)
+        exact = x.dtype == torch.float32 and x.is_cuda and not torch.backends.cudnn.allow_tf32
+        self.dot = "ieee" if exact else "tf32"
+        self.order, self.bits = (x.new_empty(self.n, self.pixels, dtype=torch.int32) for _ in range(2))
+
+    def new_map(self) -> torch.Tensor:
+        return self.x.new_empty(self.n, self.pixels, self.plan.channels)
+
+    def first_conv(self, x, out, not_finite):
+        plan = self.plan
+        kernels.first_conv[self.grid](
+            x, plan.mean, plan.first_w, plan.first_bias, out, not_finite,
+            self.image_height, self.image_width, *x.stride(), self.height, self.width,
+            COLORS=plan.model.n_colors, K=plan.first_k, C=plan.channels, BM=plan.tile, DOT=self.dot, **plan.options,
+        )  # fmt: skip
+
+    def conv(self, source, w, bias, add, out):
+        plan = self.plan
+        kernels.conv3x3[self.grid](
+            source, w, bias, source if add is None else add, out, self.height, self.width,
+            C=plan.channels, BM=plan.tile, STAGES=plan.stages, ADD=add is not None, DOT=self.dot, num_warps=8,
+        )  # fmt: skip
+
+    def make_mask(self, block, f, mask, total):
+        """Write the mask (N, H, W) of a module, the number of its important pixels, and its kernel map."""
+        plan, hidden = self.plan, block.hidden
+        pooled, mid = (self.x.new_empty(self.n, self.pooled_pixels, hidden) for _ in range(2))
+        counts = self.x.new_empty(self.n, self.pooled_grid[0], dtype=torch.int32)
+        half = self.pooled_height, self.pooled_width, self.pooled_pixels
+        kernels.mask_pool[self.pooled_grid](
+            f, block.pool_w, block.pool_bias, pooled, self.height, self.width, *half[1:],
+            C=plan.channels, R=hidden, BM=SMALL_TILE, STAGES=plan.stages, DOT=self.dot, **plan.options,
+        )  # fmt: skip
+        kernels.mask_mid[self.pooled_grid](
+            pooled, block.mid_w, block.mid_bias, mid, *half, R=hidden, BM=SMALL_TILE, DOT=self.dot, **plan.options
+        )
+        kernels.mask_decide[self.pooled_grid](
+            mid, block.decide_w, block.decide_bias, mask, counts, self.width, *half, R=hidden, BM=SMALL_TILE,
+            **plan.options,
+        )  # fmt: skip
+        kernels.kernel_map[self.pooled_grid](
+            mask,
+            counts,
+            self.order,
+            self.bits,
+            total,
+            self.height,
+            self.width,
+            *half[1:],
+            BM=SMALL_TILE,
+            **plan.options,
+        )
+
+    def run_layers(self, block, f, maps, total, y, pooled):
+        """Run the layers of a module, and collect them into the map y."""
+        plan, source = self.plan, f
+        for index, layer in enumerate(block.layers):
+            kernels.layer[(self.grid[0] + 1, self.n)](
+                source, maps, layer.w, layer.thin, block.collect, block.collect_bias, self.order, self.bits, total,
+                y, pooled, self.height, self.width, maps.stride(0),
+                C=plan.channels, BM=plan.tile, STAGES=plan.stages, DOT=self.dot, LAYERS=len(block.layers), INDEX=index,
+                D_IN=layer.d_in, D_OUT=layer.d_out, DENSE=block.dense_code, **plan.options,
+            )  # fmt: skip
+            source = maps[min(index, len(maps) - 1)]
+
+    def attend(self, block, f, y, pooled, out):
+        kernels.attend[(triton.cdiv(self.pixels, SMALL_TILE), self.n)](
+            f, y, pooled, block.squeeze_w, block.squeeze_bias, block.excite_w, block.excite_bias, out, self.pixels,
+            C=self.plan.channels, R=block.squeezed, BM=SMALL_TILE, **self.plan.options,
+        )  # fmt: skip
+
+    def reduce(self, features, out):
+        plan, pixels = self.plan, self.n * self.pixels
+        kernels.reduce[(triton.cdiv(pixels, SMALL_TILE),)](
+            features, plan.reduce_w, plan.reduce_bias, out, pixels, features.stride(0),
+            BLOCKS=len(plan.blocks), C=plan.channels, BM=SMALL_TILE, DOT=self.dot, **plan.options,
+        )  # fmt: skip
+
+    def reconstruct(self, source, x, sr):
+        plan = self.plan
+        kernels.reconstruct[self.grid](
+            source, plan.tail_w, plan.tail_bias, x, plan.bicubic, sr,
+            self.image_height, self.image_width, *x.stride(), self.height, self.width,
+            COLORS=plan.model.n_colors, SCALE=plan.model.scale, C=plan.channels, K=plan.tail_k, BM=plan.tile,
+            STAGES=plan.stages, DOT=self.dot, **plan.options,
+        )  # fmt: skip

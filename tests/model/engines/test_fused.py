@@ -1,0 +1,127 @@
+"""The kernels of the fused engine without a GPU: their results in the interpreter, and the code compiled for GPUs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="needs the triton package, see requirements-dev.txt")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from model.engines import fused_kernels as kernels
+
+STAGES = 3
+ROOT = Path(__file__).resolve().parents[3]
+POINTERS = {
+    **{"order": "*i32", "bits": "*i32", "counts": "*i32", "total": "*i32", "not_finite": "*i32"},
+    **{"mask": "*u8", "pooled": "*i64"},
+}
+NUMBERS = ("H", "W", "PW", "PP", "PH", "P", "height", "width", "sn", "sc", "sh", "sw", "stride")
+LAYERS = {"LAYERS": 4, "DENSE": 32 | 16 << 8 | 16 << 16}  # dense channels of the published x2 weights, padded
+
+
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-W", "ignore::RuntimeWarning", "interpreted_fused.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def compile_ahead(kernel, constants, architecture, dtype="fp16", float32=(), **options):
+    """Compile a kernel as it is launched: pointers are aligned to 16 bytes."""
+    types = {**POINTERS, **dict.fromkeys(NUMBERS, "i32"), **dict.fromkeys(float32, "*fp32")}
+    signature = {name: "constexpr" if name in constants else types.get(name, f"*{dtype}") for name in kernel.arg_names}
+    attributes = {
+        (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
+    }
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": 4} | options)
+
+
+def copied_bytes(ptx):
+    """The width of each asynchronous copy from global to shared memory."""
+    return [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)", ptx)]
+
+
+def spilled_bytes(ptx, architecture, folder):
+    """What the assembler says about registers that do not suffice."""
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    (folder / "kernel.ptx").write_text(ptx)
+    name = f"sm_{architecture}a" if architecture == 90 else f"sm_{architecture}"
+    command = [assembler, "-v", f"--gpu-name={name}", folder / "kernel.ptx", "-o", folder / "kernel.cubin"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sum(int(number) for number in re.findall(r"(\d+) bytes spill", done.stderr))
+
+
+def assert_fast(built, architecture, folder, pipelined=True, multiplies=True):
+    ptx = built.asm["ptx"]
+    if multiplies:
+        assert "wgmma.mma_async" in ptx or "mma.sync" in ptx  # tensor cores
+    if pipelined:
+        copied = copied_bytes(ptx)  # loads of the main loop are asynchronous and 16 bytes wide
+        assert copied.count(16) >= 3 * STAGES
+        assert len(copied) - copied.count(16) <= STAGES  # the few weights of thin channels do not fill all threads
+    assert spilled_bytes(ptx, architecture, folder) == 0
+    assert built.metadata.shared < 100 * 2**10
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(("index", "d_in", "d_out"), [(0, 64, 32), (1, 32, 16), (2, 16, 16), (3, 16, 0), (3, 16, 16)])
+def test_layers_are_pipelined_on_tensor_cores(index, d_in, d_out, dtype, architecture, tmp_path):
+    constants = LAYERS | {
+        "C": 64,
+        "BM": 128,
+        "STAGES": STAGES,
+        "DOT": "tf32",
+        "INDEX": index,
+        "D_IN": d_in,
+        "D_OUT": d_out,
+    }
+    assert_fast(compile_ahead(kernels.layer, constants, architecture, dtype), architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_the_largest_layer_fits(architecture, tmp_path):
+    constants = {"C": 128, "BM": 64, "STAGES": 2, "DOT": "tf32", "LAYERS": 4, "INDEX": 3, "D_IN": 64, "D_OUT": 32}
+    constants |= {"DENSE": 64 | 64 << 8 | 32 << 16}
+    assert_fast(compile_ahead(kernels.layer, constants, architecture, num_warps=8), architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(
+    ("name", "constants", "options"),
+    [
+        ("conv3x3", {"C": 64, "BM": 128, "STAGES": STAGES, "ADD": True, "DOT": "tf32"}, {"num_warps": 8}),
+        ("mask_pool", {"C": 64, "R": 16, "BM": 64, "STAGES": STAGES, "DOT": "tf32"}, {}),
+        (
+            "reconstruct",
+            {"COLORS": 3, "SCALE": 2, "C": 64, "K": 16, "BM": 128, "STAGES": STAGES, "DOT": "tf32"},
+            {"float32": ("bicubic",)},
+        ),
+    ],
+)
+def test_convolutions_are_pipelined_on_tensor_cores(name, constants, options, architecture, tmp_path):
+    assert_fast(compile_ahead(getattr(kernels, name), constants, architecture, **options), architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(
+    ("name", "constants", "float32", "multiplies"),
+    [
+        ("first_conv", {"COLORS": 3, "K": 32, "C": 64, "BM": 128, "DOT": "tf32"}, (), True),
+        ("mask_mid", {"R": 16, "BM": 64, "DOT": "tf32"}, (), True),
+        ("mask_decide", {"R": 16, "BM": 64}, ("w", "bias"), False),
+        ("kernel_map", {"BM": 64}, (), False),
+        ("attend", {"C": 64, "R": 4, "BM": 64}, ("w1", "b1", "w2", "b2"), False),
+        ("reduce", {"BLOCKS": 5, "C": 64, "BM": 64, "DOT": "tf32"}, (), True),
+    ],
+)
+def test_other_kernels_do_not_spill(name, constants, float32, multiplies, architecture, tmp_path):
+    built = compile_ahead(getattr(kernels, name), constants, architecture, float32=float32)
+    assert_fast(built, architecture, tmp_path, pipelined=False, multiplies=multiplies)

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from model.smsr import SMSR
+from tools import benchmark, benchmark_gpu
+from tools.benchmark_gpu import check_results, with_dense_channels
+from utility import InputError
+
+
+@pytest.fixture
+def model():
+    return SMSR(2, n_feats=16, n_blocks=1, n_layers=2).eval()
+
+
+@pytest.fixture
+def few_cases(monkeypatch):
+    monkeypatch.setattr(benchmark_gpu, "SPLITS", ((), (0, 16)))
+    monkeypatch.setattr(benchmark_gpu, "PRECISIONS", {"exact": torch.float32, "half": torch.float16})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_ends_with_one_line():
+    with pytest.raises(InputError, match=r"^gpu: no CUDA device is available; run it"):
+        benchmark.main(["gpu"])
+
+
+def test_right_results_are_found_right(model, few_cases):
+    checks = check_results(model, torch.device("cpu"), size=(7, 9))
+    assert [(check["split"], check["density"], check["precision"]) for check in checks] == [
+        *(((), density, precision) for density in (0.0, 0.3, 1.0) for precision in ("exact", "half")),
+        *(((0, 16), density, "half") for density in (0.0, 0.3, 1.0)),
+    ]
+    assert all(check["right"] for check in checks)
+
+
+def test_wrong_results_are_found(model, few_cases, monkeypatch):
+    inference = SMSR.inference
+
+    def wrong(self, x, mode="auto", tile=None):
+        sr, cost = inference(self, x, mode, tile)
+        return sr + 1, cost
+
+    monkeypatch.setattr(SMSR, "inference", wrong)
+    assert not any(check["right"] for check in check_results(model, torch.device("cpu"), size=(7, 9)))
+
+
+def test_channel_splits(model):
+    changed = with_dense_channels(model, (0, 16))
+    assert changed.blocks[0].hard_channel_mask().sum(0).tolist() == [0, 16]
+    unchanged = with_dense_channels(model, ())
+    assert torch.equal(unchanged.blocks[0].hard_channel_mask(), model.blocks[0].hard_channel_mask())
+    x = torch.rand(1, 3, 6, 6)
+    assert torch.equal(unchanged(x), model(x))

@@ -1,0 +1,163 @@
+"""Check and measure the fused engine on a GPU, in a few minutes.
+
+    python tools/benchmark.py gpu --json gpu.json
+
+First its results are compared with the masked reference, over extreme masks and channel splits, in every precision; the
+exit code is 1 if one is wrong. Then inference is timed against the unmasked network. All times are medians in
+milliseconds of calls that take turns.
+
+    unmasked        the same network without masks in its fastest form, channels-last
+    unmasked_graph  the same in a CUDA graph
+    fused           the fused engine, kernel by kernel
+    fused_graph     the fused engine in a CUDA graph, as `model.inference` runs it from the second call on
+    speedup         unmasked_graph / fused_graph
+    launches        kernels per forward of `fused`; waits: whether a forward waits for the device
+"""
+
+import argparse
+import functools
+import itertools
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model import load_model
+from model.engines.graphs import CudaGraph
+from model.smsr import SMSR
+from option import positive_int
+from tools.baselines import Unmasked, with_density
+from tools.benchmark_inference import mirrored_photograph
+from tools.timing import peak_mib, timed
+from utility import InputError, write_json
+
+DEFAULT_WEIGHTS = Path(__file__).resolve().parent.parent / "experiment/SMSR_X2/model/model_best.pt"
+SIZES = ((1, 128, 128), (1, 256, 256), (1, 360, 640), (8, 360, 640), (1, 720, 1280))  # N, H, W
+PRECISIONS = {"exact": torch.float32, "tf32": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
+SPLITS = ((), (0, 0, 0, 0), (64, 64, 64, 64), (1, 0, 1, 0), (0, 64, 0, 64), (63, 1, 63, 1))  # dense channels; (): as is
+DENSITIES = (0.0, 0.3, 1.0)
+COLUMNS = ("unmasked", "unmasked_graph", "fused", "fused_graph")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pre_train", type=Path, default=DEFAULT_WEIGHTS, help="weights of an SMSR network")
+    parser.add_argument("--repeats", type=positive_int, default=15, help="number of timed calls per network")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, measure, print, and write the results; returns the exit code. Raises InputError without a GPU."""
+    if not torch.cuda.is_available():
+        raise InputError("gpu: no CUDA device is available; run it on a machine with an NVIDIA GPU")
+    torch.backends.cudnn.benchmark = True
+    model = load_model(args.pre_train, "SMSR").cuda()
+    checks = check_results(model, torch.device("cuda"))
+    wrong = [check for check in checks if not check["right"]]
+    for check in wrong:
+        print(f"wrong: {check}")
+    print(f"{len(checks) - len(wrong)} of {len(checks)} results are right")
+    half = model.half().to(memory_format=torch.channels_last)
+    rows = [measure(half, size, args.repeats) for size in tqdm(SIZES, desc="sizes", leave=False)]
+    print(f"{'LR images':>14} {'density':>8}" + "".join(f" {name:>15}" for name in (*COLUMNS, "speedup", "MiB")))
+    for row in rows:
+        times = "".join(f" {row[name]:15.3f}" for name in (*COLUMNS, "speedup"))
+        print(f"{row['size']:>14} {row['density']:8.2f}{times} {row['peak_mib']:15.0f}")
+    print(f"launches {rows[-1]['launches']}, waits: {rows[-1]['waits']}")
+    if args.json:
+        versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
+        card = torch.cuda.get_device_name()
+        write_json(args.json, {"card": card, "versions": versions, "checks": checks, "inference": rows})
+    return 1 if wrong else 0
+
+
+@torch.no_grad()
+def check_results(model: SMSR, device: torch.device, size: tuple[int, int] = (37, 51)) -> list[dict[str, object]]:
+    """Compare the default engine with the masked reference; "right" tells whether a result is within its tolerance.
+
+    The reference is computed in float32. A rounded mask may differ in pixels on its edge, so a result in low precision
+    is right if its mean difference is hardly larger than the one of the masked computation in the same precision.
+    """
+    height, width = size
+    image = mirrored_photograph(2 * height, width, model.n_colors).reshape(2, height, width, model.n_colors)
+    checks = []
+    for split, density, (name, dtype) in itertools.product(SPLITS, DENSITIES, PRECISIONS.items()):
+        if split and name != "half":  # each combination compiles its own kernels, which takes seconds
+            continue
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        case = with_dense_channels(model, split).float().to(device)
+        case = with_density(case, case.to_input(image), density)
+        expected = case.masked_forward(case.to_input(image))
+        case = case.to(dtype)
+        x = case.to_input(image)
+        allowed = 2 * (case.masked_forward(x).float() - expected).abs().mean().item() + 0.01
+        difference = (case.inference(x, "sparse")[0].float() - expected).abs().mean().item()
+        check = {"split": split, "density": density, "precision": name, "mean_difference": difference}
+        checks.append(check | {"right": difference <= allowed})
+    return checks
+
+
+def with_dense_channels(model: SMSR, split: tuple[int, ...]) -> SMSR:
+    """A copy of the network with the first channels of each layer dense, as many as `split` gives; (): unchanged."""
+    changed = SMSR(
+        model.scale,
+        model.n_feats,
+        len(model.blocks),
+        len(model.blocks[0].convs),
+        model.n_colors,
+        model.rgb_range.item(),
+    ).eval()
+    changed.load_state_dict(model.state_dict())
+    for block, (layer, count) in itertools.product(changed.blocks, enumerate(split)):
+        block.channel_logits.data[0, :, layer, 0] = torch.arange(model.n_feats) < count
+        block.channel_logits.data[0, :, layer, 1] = 0.5
+    return changed
+
+
+@torch.inference_mode()
+def measure(model: SMSR, size: tuple[int, int, int], repeats: int) -> dict[str, object]:
+    """The times of N images of H x W pixels, and what a forward of the fused engine launches and needs."""
+    n, height, width = size
+    image = mirrored_photograph(height, width, model.n_colors)
+    x = model.to_input(np.repeat(image[None], n, axis=0))
+    _, cost = model.inference(x)
+    fused, unmasked = model._engine.fused, Unmasked(model)
+    graph = CudaGraph(lambda images: (unmasked(images),), x)
+    model.inference(x)  # captures a graph
+    calls = {
+        "unmasked": functools.partial(unmasked, x),
+        "unmasked_graph": functools.partial(graph, x),
+        "fused": functools.partial(fused, x),
+        "fused_graph": functools.partial(model.inference, x),
+    }
+    times = timed(calls, x.device, repeats)
+    return {
+        "size": f"{n}x{height}x{width}",
+        "density": sum(cost.mask_density) / len(cost.mask_density),
+        **times,
+        "speedup": times["unmasked_graph"] / times["fused_graph"],
+        "peak_mib": peak_mib(calls["fused"], x.device),
+        "launches": count_launches(calls["fused"]),
+        "waits": waits_for_device(calls["fused_graph"]),
+    }
+
+
+def count_launches(call: functools.partial) -> int:
+    """The kernels and copies that a call starts on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def waits_for_device(call: functools.partial) -> bool:
+    """Whether a call waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+        return False
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
