@@ -126,14 +126,14 @@ class Experiment:
         """Read checkpoint.pt, as `trainer.Trainer.state` wrote it. Raises InputError if it is missing or broken."""
         path = self.checkpoint_path
         if not path.is_file():
-            raise InputError(f"{path}: does not exist; check the name of the run", argument="load")
+            raise InputError(f"{path} does not exist; check the name of the run", argument="load")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:  # a broken file may raise nearly anything
             state = None
         if not isinstance(state, dict) or not {"model", "optimizer", "epoch"} <= state.keys():
             raise InputError(
-                f"{path}: not the checkpoint of a run, or broken; start another run from the weights in "
+                f"{path} is not the checkpoint of a run, or broken; start another run from the weights in "
                 f"{self.weights_path('latest')}",
                 argument="load",
             )
@@ -142,13 +142,13 @@ class Experiment:
     def load_options(self) -> dict[str, Any]:
         """Read the options that the run was started with. Raises InputError if they are missing or broken."""
         if not self.folder.is_dir():
-            raise InputError(f"{self.folder}: does not exist; check the name of the run", argument="load")
+            raise InputError(f"{self.folder} does not exist; check the name of the run", argument="load")
         path = self.folder / "options.json"
         try:
             return dict(json.loads(path.read_text(encoding="utf-8"))["options"])
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(
-                f"{path}: missing or broken; start another run from the weights in {self.folder / 'model'}",
+                f"{path} is missing or broken; start another run from the weights in {self.folder / 'model'}",
                 argument="load",
             ) from None
 

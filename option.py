@@ -40,7 +40,12 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a mistake as an InputError, in one line."""
 
     def error(self, message: str) -> None:
-        raise InputError(f"{message}; see --help")
+        start, _, names = message.partition(": ")
+        if start == "unrecognized arguments":
+            message = f"{names.split()[0]}: no such option"
+        elif start == "the following arguments are required":
+            message = f"{names}: missing"
+        raise InputError(f"{message.removeprefix('argument ')}; see --help")
 
 
 def parse(argv: Sequence[str] | None = None, stored: dict[str, Any] | None = None) -> argparse.Namespace:

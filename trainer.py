@@ -123,7 +123,7 @@ class Trainer:
                 stopped = self._train_epoch(stop)
                 self._save_checkpoint()
                 if stopped:
-                    logger.info(f"stopped in epoch {self.epoch} after {self.step} steps; everything is saved")
+                    logger.info(f"stopped in epoch {self.epoch} after step {self.step}; everything is saved")
                     return False
                 self._finish_epoch()
         return True
@@ -300,7 +300,9 @@ def dry_run(trainer: Trainer, epochs: int) -> list[str]:
         seconds.append(time.perf_counter() - started)
     step = statistics.median(seconds[3:])  # the first steps warm up, compile, and start the workers
     evaluation = sum(_seconds_to_evaluate(model, images) for images in trainer.test_sets)
-    hours = (epochs - trainer.epoch + 1) * (step * sampler.steps + evaluation) / 3600
+    remaining = epochs - trainer.epoch + 1
+    hours = remaining * (step * sampler.steps + evaluation) / 3600
+    total = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
     side = patches.patch_size
     return [
         f"{type(model).__name__}: {model.n_parameters:,} parameters, {model.device}",
@@ -308,7 +310,7 @@ def dry_run(trainer: Trainer, epochs: int) -> list[str]:
         f"per epoch: {sampler.steps} batches, cut from {len(patches)} images",
         f"time per step: {step:.3f} s, per evaluation: about {evaluation:.1f} s",
         f"peak memory: {peak_memory(model.device) / 2**30:.2f} GiB",
-        f"{epochs - trainer.epoch + 1} epochs: about {hours:.1f} hours",
+        f"remaining epochs: {remaining}, about {total}",
     ]
 
 

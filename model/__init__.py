@@ -54,6 +54,11 @@ def _build_from_weights(name, state_dict, origin, transfer, sizes):
         stored = network.hyperparameters(state_dict)
     except NOT_THIS_NETWORK as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else "shapes do not fit"
+        other = _network_of(state_dict)
+        if other:
+            raise InputError(
+                f"{origin} holds {other} weights, not {name} weights; use {other}, or another file", argument="model"
+            ) from None
         raise InputError(f"{origin}: not weights of {name} ({reason}); choose another file") from None
     scale = sizes.get("scale", stored["scale"])
     if transfer and scale != stored["scale"]:
@@ -76,8 +81,9 @@ def _check_sizes(name, sizes, stored, origin):
     differing = [key for key in stored if key in sizes and not math.isclose(sizes[key], stored[key], rel_tol=1e-5)]
     if differing:
         found = ", ".join(f"{key} {stored[key]:g}, not {sizes[key]:g}" for key in differing)
+        fix = ", ".join(f"{key} {stored[key]:g}" for key in differing)
         raise InputError(
-            f"{origin} holds {name} weights for {found}; use these values or other weights", argument=differing[0]
+            f"{origin} holds {name} weights for {found}; use {fix}, or other weights", argument=differing[0]
         )
 
 
@@ -95,18 +101,18 @@ def load_model(path: str | Path, name: str | None = None, **sizes: float | None)
     of version 0.1.0 lack the settings: pass rgb_range, and res_scale of EDSR, if training did not use the defaults.
     """
     state_dict = read_weights(path)
-    return build_model(name or _network_of(state_dict), state_dict, path, **sizes).eval()
+    return build_model(name or _network_of(state_dict) or "SMSR", state_dict, path, **sizes).eval()
 
 
 def _network_of(state_dict):
-    """The name of the network that these weights belong to; SMSR if there is none."""
+    """The name of the network that these weights belong to; None if there is none."""
     for name, network in MODELS.items():
         try:
             network.hyperparameters(network.translate(state_dict))
         except NOT_THIS_NETWORK:
             continue
         return name
-    return "SMSR"
+    return None
 
 
 def load_weights(model: Network, state_dict: StateDict, origin: str | Path = "the weights") -> None:

@@ -22,7 +22,7 @@ def experiment(tmp_path):
 
 def test_options_round_trip_and_changed_ones_are_listed(experiment):
     path = experiment.folder / "options.json"
-    with pytest.raises(InputError, match=r"options\.json: missing or broken"):
+    with pytest.raises(InputError, match=r"options\.json is missing or broken"):
         experiment.load_options()
     write_options(path, {"lr": 2e-4, "decay": [100]}, {"lr": 2e-4, "decay": [200]})
     written = json.loads(path.read_text())
@@ -32,7 +32,7 @@ def test_options_round_trip_and_changed_ones_are_listed(experiment):
     for broken in ("[", "[]", "{}", '{"options": 1}'):
         path.write_text(broken)
         with pytest.raises(
-            InputError, match=r"options\.json: missing or broken; start another run from .*model"
+            InputError, match=r"options\.json is missing or broken; start another run from .*model"
         ) as error:
             experiment.load_options()
         assert error.value.for_command_line().startswith(f"--load: {path}: ")
@@ -41,7 +41,7 @@ def test_options_round_trip_and_changed_ones_are_listed(experiment):
 def test_a_run_without_a_folder_cannot_be_resumed(tmp_path):
     experiment = Experiment("absent", tmp_path)
     for load in (experiment.load_options, experiment.load_checkpoint):
-        with pytest.raises(InputError, match=r"absent.*: does not exist; check the name of the run") as error:
+        with pytest.raises(InputError, match=r"absent.* does not exist; check the name of the run") as error:
             load()
         assert error.value.argument == "load"
     assert not experiment.exists()
@@ -125,7 +125,7 @@ def test_a_broken_checkpoint_is_named(experiment):
     experiment.save_checkpoint(state)
     assert experiment.checkpoint_path == experiment.folder / "checkpoint.pt"
     assert experiment.load_checkpoint() == state
-    advice = r"checkpoint\.pt: not the checkpoint of a run, or broken; start another run .*model_latest\.pt"
+    advice = r"checkpoint\.pt is not the checkpoint of a run, or broken; start another run .*model_latest\.pt"
     for broken in ({"head.0.weight": torch.zeros(1)}, [1], {"model": {}, "epoch": 1}):
         save_torch(experiment.checkpoint_path, broken)
         with pytest.raises(InputError, match=advice):

@@ -652,5 +652,5 @@ def test_a_dry_run_reports_what_a_run_costs_and_writes_nothing(build):
     assert lines[2] == "per epoch: 3 batches, cut from 3 images"
     assert lines[3].startswith("time per step: ")
     assert lines[4].startswith("peak memory: ")
-    assert lines[-1].startswith("2 epochs: about 0.0 hours")
+    assert lines[-1].startswith("remaining epochs: 2, about 0 minutes")
     assert not trainer.experiment.folder.exists()

@@ -32,7 +32,7 @@ class InputError(Exception):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise InputError(f"{message}; see --help")
+        raise InputError(f"{message.removeprefix('argument ')}; see --help")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
