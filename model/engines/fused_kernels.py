@@ -55,6 +55,25 @@ def first_conv(
 
 
 @triton.jit
+def _convolve(
+    src, w, p, H, W, C: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr
+):
+    """conv 3x3 (C -> K) of the map `src` at the pixels p: (BM, K). Weights w: (9, C, K)."""
+    row, col = p // W, p % W
+    c = tl.arange(0, C)
+    k = tl.arange(0, K)
+    acc = tl.zeros((BM, K), tl.float32)
+    for tap in tl.range(9, num_stages=STAGES):
+        dy = tap // 3 - 1
+        dx = tap % 3 - 1
+        inside = (p < H * W) & (row + dy >= 0) & (row + dy < H) & (col + dx >= 0) & (col + dx < W)
+        a = tl.load(src + (p + dy * W + dx)[:, None] * C + c[None, :], mask=inside[:, None], other=0.0)
+        b = tl.load(w + (tap * C + c[:, None]) * K + k[None, :])
+        acc = tl.dot(a, b, acc, input_precision=DOT)
+    return acc
+
+
+@triton.jit
 def conv3x3(
     src, w, bias, add, out, H, W,
     C: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr,
@@ -64,16 +83,8 @@ def conv3x3(
     src += n * H * W * C
     p = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = p < H * W
-    row, col = p // W, p % W
     c = tl.arange(0, C)
-    acc = tl.zeros((BM, C), tl.float32)
-    for tap in tl.range(9, num_stages=STAGES):
-        dy = tap // 3 - 1
-        dx = tap % 3 - 1
-        inside = valid & (row + dy >= 0) & (row + dy < H) & (col + dx >= 0) & (col + dx < W)
-        a = tl.load(src + (p + dy * W + dx)[:, None] * C + c[None, :], mask=inside[:, None], other=0.0)
-        b = tl.load(w + (tap * C + c[:, None]) * C + c[None, :])
-        acc = tl.dot(a, b, acc, input_precision=DOT)
+    acc = _convolve(src, w, p, H, W, C, C, BM, STAGES, DOT)
     acc += tl.load(bias + c)[None, :].to(tl.float32)
     at = n * H * W * C + p[:, None] * C + c[None, :]
     if ADD:
@@ -361,16 +372,8 @@ def reconstruct(
     p = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = p < H * W
     row, col = p // W, p % W
-    c = tl.arange(0, C)
     k = tl.arange(0, K)
-    acc = tl.zeros((BM, K), tl.float32)
-    for tap in tl.range(9, num_stages=STAGES):
-        dy = tap // 3 - 1
-        dx = tap % 3 - 1
-        inside = valid & (row + dy >= 0) & (row + dy < H) & (col + dx >= 0) & (col + dx < W)
-        a = tl.load(src + (p + dy * W + dx)[:, None] * C + c[None, :], mask=inside[:, None], other=0.0)
-        b = tl.load(w + (tap * C + c[:, None]) * K + k[None, :])
-        acc = tl.dot(a, b, acc, input_precision=DOT)
+    acc = _convolve(src, w, p, H, W, C, K, BM, STAGES, DOT)
     acc += tl.load(bias + k)[None, :].to(tl.float32)
     for tap in range(25 * COLORS):
         y = row + (tap % 25) // 5 - 2

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from model import MODELS, build_model
 from model.inference import build_predictor
-from model.network import Cost, conv_macs
+from model.network import Cost, DeferredCost, conv_macs
 from utility import InputError
 
 SIZES = {
@@ -276,3 +277,41 @@ def test_copies_are_independent_and_equal(name, duplicate, after_a_call):
             parameter.mul_(3)
     assert not np.array_equal(clone.upscale(image), expected)
     assert np.array_equal(model.upscale(image), expected)
+
+
+# ---- deferred costs --------------------------------------------------------------------------------------------------
+
+
+def deferred(calls):
+    cost = Cost(pixels=10, macs=20, macs_dense=40, macs_run=30, important=(5,), active=6.0)
+    masks = (torch.ones(1, 1, 2, 5, dtype=torch.bool),)
+
+    def compute():
+        calls.append(1)
+        return replace(cost, masks=masks)
+
+    return cost, DeferredCost(compute, masks)
+
+
+def test_a_deferred_cost_is_computed_once_and_only_when_a_count_is_read():
+    calls = []
+    cost, later = deferred(calls)
+    assert len(later.masks) == 1
+    assert not calls
+    assert (later.macs, later.important, later.active_share) == (20, (5,), cost.active_share)
+    assert later.mask_density == [0.5]
+    assert len(calls) == 1
+
+
+def test_deferred_costs_add_up_with_each_other_and_with_costs():
+    cost, later = deferred([])
+    assert later + later == cost + cost
+    assert cost + later == cost + cost
+    assert later + cost == cost + cost
+
+
+def test_masks_can_be_dropped():
+    cost, later = deferred([])
+    for value in (later, later.resolve()):
+        assert value.without_masks() == cost
+        assert value.without_masks().masks == ()
