@@ -34,21 +34,36 @@ from utility import InputError, run_program, write_whole
 # Table 2 of the paper: multiply-adds (G) for an output of 1280x720, PSNR (dB) and SSIM on Y.
 PUBLISHED = {
     2: {
-        "parameters": 985e3, "gmacs": 131.6, "gmacs_dense": 224.1,
-        "Set5": (38.00, 0.9601), "Set14": (33.64, 0.9179), "B100": (32.17, 0.8990), "Urban100": (32.19, 0.9284),
+        "parameters": 985e3,
+        "gmacs": 131.6,
+        "gmacs_dense": 224.1,
+        "Set5": (38.00, 0.9601),
+        "Set14": (33.64, 0.9179),
+        "B100": (32.17, 0.8990),
+        "Urban100": (32.19, 0.9284),
         "Manga109": (38.76, 0.9771),
     },
     3: {
-        "parameters": 993e3, "gmacs": 67.8, "gmacs_dense": 100.5,
-        "Set5": (34.40, 0.9270), "Set14": (30.33, 0.8412), "B100": (29.10, 0.8050), "Urban100": (28.25, 0.8536),
+        "parameters": 993e3,
+        "gmacs": 67.8,
+        "gmacs_dense": 100.5,
+        "Set5": (34.40, 0.9270),
+        "Set14": (30.33, 0.8412),
+        "B100": (29.10, 0.8050),
+        "Urban100": (28.25, 0.8536),
         "Manga109": (33.68, 0.9445),
     },
     4: {
-        "parameters": 1006e3, "gmacs": 41.6, "gmacs_dense": 57.2,
-        "Set5": (32.12, 0.8932), "Set14": (28.55, 0.7808), "B100": (27.55, 0.7351), "Urban100": (26.11, 0.7868),
+        "parameters": 1006e3,
+        "gmacs": 41.6,
+        "gmacs_dense": 57.2,
+        "Set5": (32.12, 0.8932),
+        "Set14": (28.55, 0.7808),
+        "B100": (27.55, 0.7351),
+        "Urban100": (26.11, 0.7868),
         "Manga109": (30.54, 0.9085),
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

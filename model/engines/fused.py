@@ -67,6 +67,7 @@ class FusedBlock:
         self.collect = torch.stack([pad_to(weight, channels, channels) for weight in collect])  # (L, C, C)
         self.collect_bias = pad_to(block.collect.bias.detach(), channels)
         self.dense_code = sum(layer.d_out << (8 * index) for index, layer in enumerate(self.layers))
+        self.all_code = sum(channels << (8 * index) for index in range(len(self.layers)))
         self._prepare_mask_branch(block.spatial_mask, channels)
         self._prepare_attention(block.attention, channels)
 
@@ -270,17 +271,42 @@ class _Run:
     def first_conv(self, x, out, not_finite):
         plan = self.plan
         kernels.first_conv[self.grid](
-            x, plan.mean, plan.first_w, plan.first_bias, out, not_finite,
-            self.image_height, self.image_width, *x.stride(), self.height, self.width,
-            COLORS=plan.model.n_colors, K=plan.first_k, C=plan.channels, BM=plan.tile, DOT=self.dot, **plan.options,
-        )  # fmt: skip
+            x,
+            plan.mean,
+            plan.first_w,
+            plan.first_bias,
+            out,
+            not_finite,
+            self.image_height,
+            self.image_width,
+            *x.stride(),
+            self.height,
+            self.width,
+            COLORS=plan.model.n_colors,
+            K=plan.first_k,
+            C=plan.channels,
+            BM=plan.tile,
+            DOT=self.dot,
+            **plan.options,
+        )
 
     def conv(self, source, w, bias, add, out):
         plan = self.plan
         kernels.conv3x3[self.grid](
-            source, w, bias, source if add is None else add, out, self.height, self.width,
-            C=plan.channels, BM=plan.tile, STAGES=plan.stages, ADD=add is not None, DOT=self.dot, num_warps=8,
-        )  # fmt: skip
+            source,
+            w,
+            bias,
+            source if add is None else add,
+            out,
+            self.height,
+            self.width,
+            C=plan.channels,
+            BM=plan.tile,
+            STAGES=plan.stages,
+            ADD=add is not None,
+            DOT=self.dot,
+            num_warps=8,
+        )
 
     def make_mask(self, block, f, mask, total):
         """Write the mask (N, H, W) of a module, the number of its important pixels, and its kernel map."""
@@ -289,16 +315,35 @@ class _Run:
         counts = self.x.new_empty(self.n, self.pooled_grid[0], dtype=torch.int32)
         half = self.pooled_height, self.pooled_width, self.pooled_pixels
         kernels.mask_pool[self.pooled_grid](
-            f, block.pool_w, block.pool_bias, pooled, self.height, self.width, *half[1:],
-            C=plan.channels, R=hidden, BM=SMALL_TILE, STAGES=plan.stages, DOT=self.dot, **plan.options,
-        )  # fmt: skip
+            f,
+            block.pool_w,
+            block.pool_bias,
+            pooled,
+            self.height,
+            self.width,
+            *half[1:],
+            C=plan.channels,
+            R=hidden,
+            BM=SMALL_TILE,
+            STAGES=plan.stages,
+            DOT=self.dot,
+            **plan.options,
+        )
         kernels.mask_mid[self.pooled_grid](
             pooled, block.mid_w, block.mid_bias, mid, *half, R=hidden, BM=SMALL_TILE, DOT=self.dot, **plan.options
         )
         kernels.mask_decide[self.pooled_grid](
-            mid, block.decide_w, block.decide_bias, mask, counts, self.width, *half, R=hidden, BM=SMALL_TILE,
+            mid,
+            block.decide_w,
+            block.decide_bias,
+            mask,
+            counts,
+            self.width,
+            *half,
+            R=hidden,
+            BM=SMALL_TILE,
             **plan.options,
-        )  # fmt: skip
+        )
         kernels.kernel_map[self.pooled_grid](
             mask,
             counts,
@@ -317,31 +362,89 @@ class _Run:
         plan, source = self.plan, f
         for index, layer in enumerate(block.layers):
             kernels.layer[(self.grid[0] + 1, self.n)](
-                source, maps, layer.w, layer.thin, block.collect, block.collect_bias, self.order, self.bits, total,
-                y, pooled, self.height, self.width, maps.stride(0),
-                C=plan.channels, BM=plan.tile, STAGES=plan.stages, DOT=self.dot, LAYERS=len(block.layers), INDEX=index,
-                D_IN=layer.d_in, D_OUT=layer.d_out, DENSE=block.dense_code, **plan.options,
-            )  # fmt: skip
+                source,
+                maps,
+                layer.w,
+                layer.thin,
+                block.collect,
+                block.collect_bias,
+                self.order,
+                self.bits,
+                total,
+                y,
+                pooled,
+                self.height,
+                self.width,
+                maps.stride(0),
+                C=plan.channels,
+                BM=plan.tile,
+                STAGES=plan.stages,
+                DOT=self.dot,
+                LAYERS=len(block.layers),
+                INDEX=index,
+                D_IN=layer.d_in,
+                D_OUT=layer.d_out,
+                DENSE=block.dense_code,
+                ALL=block.all_code,
+                num_warps=8
+                if index == len(block.layers) - 1
+                else plan.options["num_warps"],  # collecting needs registers
+            )
             source = maps[min(index, len(maps) - 1)]
 
     def attend(self, block, f, y, pooled, out):
         kernels.attend[(triton.cdiv(self.pixels, SMALL_TILE), self.n)](
-            f, y, pooled, block.squeeze_w, block.squeeze_bias, block.excite_w, block.excite_bias, out, self.pixels,
-            C=self.plan.channels, R=block.squeezed, BM=SMALL_TILE, **self.plan.options,
-        )  # fmt: skip
+            f,
+            y,
+            pooled,
+            block.squeeze_w,
+            block.squeeze_bias,
+            block.excite_w,
+            block.excite_bias,
+            out,
+            self.pixels,
+            C=self.plan.channels,
+            R=block.squeezed,
+            BM=SMALL_TILE,
+            **self.plan.options,
+        )
 
     def reduce(self, features, out):
         plan, pixels = self.plan, self.n * self.pixels
         kernels.reduce[(triton.cdiv(pixels, SMALL_TILE),)](
-            features, plan.reduce_w, plan.reduce_bias, out, pixels, features.stride(0),
-            BLOCKS=len(plan.blocks), C=plan.channels, BM=SMALL_TILE, DOT=self.dot, **plan.options,
-        )  # fmt: skip
+            features,
+            plan.reduce_w,
+            plan.reduce_bias,
+            out,
+            pixels,
+            features.stride(0),
+            BLOCKS=len(plan.blocks),
+            C=plan.channels,
+            BM=SMALL_TILE,
+            DOT=self.dot,
+            **plan.options,
+        )
 
     def reconstruct(self, source, x, sr):
         plan = self.plan
         kernels.reconstruct[self.grid](
-            source, plan.tail_w, plan.tail_bias, x, plan.bicubic, sr,
-            self.image_height, self.image_width, *x.stride(), self.height, self.width,
-            COLORS=plan.model.n_colors, SCALE=plan.model.scale, C=plan.channels, K=plan.tail_k, BM=plan.tile,
-            STAGES=plan.stages, DOT=self.dot, **plan.options,
-        )  # fmt: skip
+            source,
+            plan.tail_w,
+            plan.tail_bias,
+            x,
+            plan.bicubic,
+            sr,
+            self.image_height,
+            self.image_width,
+            *x.stride(),
+            self.height,
+            self.width,
+            COLORS=plan.model.n_colors,
+            SCALE=plan.model.scale,
+            C=plan.channels,
+            K=plan.tail_k,
+            BM=plan.tile,
+            STAGES=plan.stages,
+            DOT=self.dot,
+            **plan.options,
+        )

@@ -31,9 +31,26 @@ def _load_image(x, n, color, row, col, height, width, sn, sc, sh, sw, mask):
 
 @triton.jit
 def first_conv(
-    x, mean, w, bias, out, not_finite, height, width, sn, sc, sh, sw, H, W,
-    COLORS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
+    x,
+    mean,
+    w,
+    bias,
+    out,
+    not_finite,
+    height,
+    width,
+    sn,
+    sc,
+    sh,
+    sw,
+    H,
+    W,
+    COLORS: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    DOT: tl.constexpr,
+):
     """The image without its mean, conv 3x3 (COLORS -> C), ReLU. K: 9 COLORS, padded. Sets the flag `not_finite`."""
     n = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -75,16 +92,26 @@ def _convolve(
 
 @triton.jit
 def conv3x3(
-    src, w, bias, add, out, H, W,
-    C: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
+    src,
+    w,
+    bias,
+    add,
+    out,
+    H,
+    W,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    ADD: tl.constexpr,
+    DOT: tl.constexpr,
+):
     """conv 3x3 (C -> C) with bias, plus the map `add` if ADD."""
     n = tl.program_id(1).to(tl.int64)
     src += n * H * W * C
     p = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = p < H * W
     c = tl.arange(0, C)
-    acc = _convolve(src, w, p, H, W, C, C, BM, STAGES, DOT)
+    acc = _convolve(src, w, p, H, W, C=C, K=C, BM=BM, STAGES=STAGES, DOT=DOT)
     acc += tl.load(bias + c)[None, :].to(tl.float32)
     at = n * H * W * C + p[:, None] * C + c[None, :]
     if ADD:
@@ -94,9 +121,20 @@ def conv3x3(
 
 @triton.jit
 def mask_pool(
-    f, w, bias, out, H, W, PW, PP,
-    C: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
+    f,
+    w,
+    bias,
+    out,
+    H,
+    W,
+    PW,
+    PP,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+):
     """conv 3x3 (C -> R), ReLU, average pool 2: the 4x4 window of a pooled pixel times weights (16, C, 4 R)."""
     n = tl.program_id(1).to(tl.int64)
     f += n * H * W * C
@@ -224,19 +262,126 @@ def kernel_map(mask, counts, order, bits, total, H, W, PW, PP, BM: tl.constexpr)
 
 
 @triton.jit
-def _collect(z, source, wc, p, valid, C: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr):
-    """Add the 1x1 convolution of the first K channels of the map `source`, at the pixels p, to z (BM, C)."""
-    k = tl.arange(0, K)
-    a = tl.load(source + p[:, None] * C + k[None, :], mask=valid[:, None], other=0.0)
-    return tl.dot(a, tl.load(wc + k[:, None] * C + tl.arange(0, C)[None, :]), z, input_precision=DOT)
+def _convolve_important(
+    src,
+    w,
+    p,
+    around,
+    W,
+    C: tl.constexpr,
+    D_IN: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """All outputs from all inputs at the important pixels p: (BM, C). Weights w: (9, C, C)."""
+    c = tl.arange(0, C)
+    acc = tl.zeros((BM, C), tl.float32)
+    for tap in tl.range(9, num_stages=STAGES):
+        q = p + (tap // 3 - 1) * W + tap % 3 - 1
+        important = ((around >> tap) & 1) != 0
+        inside = ((around >> (tap + 9)) & 1) != 0
+        keep = important[:, None] | (inside[:, None] & (c < D_IN)[None, :])
+        a = tl.load(src + q[:, None] * C + c[None, :], mask=keep, other=0.0)
+        b = tl.load(w + (tap * C + c[:, None]) * C + c[None, :])
+        acc = tl.dot(a, b, acc, input_precision=DOT)
+    return acc
+
+
+@triton.jit
+def _convolve_dense(
+    src,
+    thin,
+    p,
+    around,
+    W,
+    C: tl.constexpr,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Dense outputs from dense inputs at the other pixels p: (BM, D_OUT). Weights thin: (9, D_IN, D_OUT)."""
+    ci = tl.arange(0, D_IN)
+    co = tl.arange(0, D_OUT)
+    acc = tl.zeros((BM, D_OUT), tl.float32)
+    for tap in tl.range(9, num_stages=STAGES):
+        q = p + (tap // 3 - 1) * W + tap % 3 - 1
+        inside = ((around >> (tap + 9)) & 1) != 0
+        a = tl.load(src + q[:, None] * C + ci[None, :], mask=inside[:, None], other=0.0)
+        b = tl.load(thin + (tap * D_IN + ci[:, None]) * D_OUT + co[None, :])
+        acc = tl.dot(a, b, acc, input_precision=DOT)
+    return acc
+
+
+@triton.jit
+def _collect(
+    f,
+    maps,
+    wc,
+    bias,
+    y,
+    pooled,
+    p,
+    valid,
+    stride,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    LAYERS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """The 1x1 collection of all layers at the pixels p, written to the map y and added to its sums.
+
+    f (BM, K) is the output of the last layer. CHANNELS: channels to collect, 8 bits per layer.
+    """
+    c = tl.arange(0, C)
+    z = tl.zeros((BM, C), tl.float32)
+    if K > 0:
+        k = tl.arange(0, K)
+        b = tl.load(wc + (LAYERS - 1) * C * C + k[:, None] * C + c[None, :])
+        z = tl.dot(f, b, z, input_precision=DOT)
+    for j in tl.static_range(LAYERS - 1):
+        if (CHANNELS >> (8 * j)) & 255 > 0:
+            i = tl.arange(0, (CHANNELS >> (8 * j)) & 255)
+            a = tl.load(maps + j * stride + p[:, None] * C + i[None, :], mask=valid[:, None], other=0.0)
+            b = tl.load(wc + j * C * C + i[:, None] * C + c[None, :])
+            z = tl.dot(a, b, z, input_precision=DOT)
+    z += tl.load(bias + c)[None, :].to(tl.float32)
+    tl.store(y + p[:, None] * C + c[None, :], z.to(y.dtype.element_ty), mask=valid[:, None])
+    sums = tl.sum(tl.where(valid[:, None], z, 0.0), 0)
+    tl.atomic_add(pooled + c, (sums * POOL_SCALE).to(tl.int64))
 
 
 @triton.jit
 def layer(
-    src, maps, w, thin, wc, bias, order, bits, total, y, pooled, H, W, stride,
-    C: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, LAYERS: tl.constexpr,
-    INDEX: tl.constexpr, D_IN: tl.constexpr, D_OUT: tl.constexpr, DENSE: tl.constexpr,
-):  # fmt: skip
+    src,
+    maps,
+    w,
+    thin,
+    wc,
+    bias,
+    order,
+    bits,
+    total,
+    y,
+    pooled,
+    H,
+    W,
+    stride,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+    LAYERS: tl.constexpr,
+    INDEX: tl.constexpr,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    DENSE: tl.constexpr,
+    ALL: tl.constexpr,
+):
     """One sparse mask convolution. The last one of a module also collects all layers (1x1) into the map y.
 
     The first tiles hold important pixels: all outputs from all inputs. The others hold dense outputs from dense inputs.
@@ -246,7 +391,7 @@ def layer(
     w       (9, C, C); thin: (9, D_IN, D_OUT); wc: (LAYERS, C, C); bias: (C,), all inputs first
     pooled  (N, C) int64, sums of y over the pixels
     D_IN    dense channels of src; D_OUT: of the output; both padded; 0: none
-    DENSE   dense channels of all layers, padded: 8 bits per layer
+    DENSE   dense channels of all layers, padded: 8 bits per layer; ALL: the same with C in place of each
     """
     n = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0)
@@ -258,6 +403,7 @@ def layer(
     y += offset
     order += n * H * W
     bits += n * H * W
+    pooled += n * C
     count = tl.load(total + n)
     tiles = tl.cdiv(count, BM)
     c = tl.arange(0, C)
@@ -266,58 +412,44 @@ def layer(
         valid = i < count
         p = tl.load(order + i, mask=valid, other=0)
         around = tl.load(bits + p, mask=valid, other=0)
-        acc = tl.zeros((BM, C), tl.float32)
-        for tap in tl.range(9, num_stages=STAGES):
-            q = p + (tap // 3 - 1) * W + tap % 3 - 1
-            important = ((around >> tap) & 1) != 0
-            inside = ((around >> (tap + 9)) & 1) != 0
-            keep = important[:, None] | (inside[:, None] & (c < D_IN)[None, :])
-            a = tl.load(src + q[:, None] * C + c[None, :], mask=keep, other=0.0)
-            b = tl.load(w + (tap * C + c[:, None]) * C + c[None, :])
-            acc = tl.dot(a, b, acc, input_precision=DOT)
+        acc = _convolve_important(src, w, p, around, W, C=C, D_IN=D_IN, BM=BM, STAGES=STAGES, DOT=DOT)
         f = tl.maximum(acc, 0.0).to(y.dtype.element_ty)
         if LAST:
-            z = tl.dot(f, tl.load(wc + INDEX * C * C + c[:, None] * C + c[None, :]), input_precision=DOT)
-            for j in tl.static_range(LAYERS - 1):
-                z = _collect(z, maps + j * stride, wc + j * C * C, p, valid, C, C, DOT)
-            z += tl.load(bias + c)[None, :].to(tl.float32)
-            tl.store(y + p[:, None] * C + c[None, :], z.to(y.dtype.element_ty), mask=valid[:, None])
-            sums = tl.sum(tl.where(valid[:, None], z, 0.0), 0)
-            tl.atomic_add(pooled + n * C + c, (sums * POOL_SCALE).to(tl.int64))
+            _collect(
+                f, maps, wc, bias, y, pooled, p, valid, stride, C=C, K=C, BM=BM, LAYERS=LAYERS, CHANNELS=ALL, DOT=DOT
+            )
         else:
             tl.store(maps + INDEX * stride + p[:, None] * C + c[None, :], f, mask=valid[:, None])
-    elif LAST or D_OUT > 0:
+    elif (LAST or D_OUT > 0) and (t - tiles) * BM < H * W - count:
         i = (t - tiles) * BM + tl.arange(0, BM)
-        others = H * W - count
-        if (t - tiles) * BM < others:
-            valid = i < others
-            p = tl.load(order + H * W - 1 - i, mask=valid, other=0)
-            if D_OUT > 0:
-                around = tl.load(bits + p, mask=valid, other=0)
-                ci = tl.arange(0, D_IN)
-                co = tl.arange(0, D_OUT)
-                acc = tl.zeros((BM, D_OUT), tl.float32)
-                for tap in tl.range(9, num_stages=STAGES):
-                    q = p + (tap // 3 - 1) * W + tap % 3 - 1
-                    inside = ((around >> (tap + 9)) & 1) != 0
-                    a = tl.load(src + q[:, None] * C + ci[None, :], mask=inside[:, None], other=0.0)
-                    b = tl.load(thin + (tap * D_IN + ci[:, None]) * D_OUT + co[None, :])
-                    acc = tl.dot(a, b, acc, input_precision=DOT)
-                f = tl.maximum(acc, 0.0).to(y.dtype.element_ty)
-                if not LAST:
-                    tl.store(maps + INDEX * stride + p[:, None] * C + co[None, :], f, mask=valid[:, None])
-            if LAST:
-                z = tl.zeros((BM, C), tl.float32) + tl.load(bias + c)[None, :].to(tl.float32)
-                if D_OUT > 0:
-                    co = tl.arange(0, D_OUT)
-                    b = tl.load(wc + INDEX * C * C + co[:, None] * C + c[None, :])
-                    z = tl.dot(f, b, z, input_precision=DOT)
-                for j in tl.static_range(LAYERS - 1):
-                    if (DENSE >> (8 * j)) & 255 > 0:
-                        z = _collect(z, maps + j * stride, wc + j * C * C, p, valid, C, (DENSE >> (8 * j)) & 255, DOT)
-                tl.store(y + p[:, None] * C + c[None, :], z.to(y.dtype.element_ty), mask=valid[:, None])
-                sums = tl.sum(tl.where(valid[:, None], z, 0.0), 0)
-                tl.atomic_add(pooled + n * C + c, (sums * POOL_SCALE).to(tl.int64))
+        valid = i < H * W - count
+        p = tl.load(order + H * W - 1 - i, mask=valid, other=0)
+        f = tl.zeros((BM, 1), y.dtype.element_ty)
+        if D_OUT > 0:
+            around = tl.load(bits + p, mask=valid, other=0)
+            acc = _convolve_dense(src, thin, p, around, W, C=C, D_IN=D_IN, D_OUT=D_OUT, BM=BM, STAGES=STAGES, DOT=DOT)
+            f = tl.maximum(acc, 0.0).to(y.dtype.element_ty)
+        if LAST:
+            _collect(
+                f,
+                maps,
+                wc,
+                bias,
+                y,
+                pooled,
+                p,
+                valid,
+                stride,
+                C=C,
+                K=D_OUT,
+                BM=BM,
+                LAYERS=LAYERS,
+                CHANNELS=DENSE,
+                DOT=DOT,
+            )
+        elif D_OUT > 0:
+            co = tl.arange(0, D_OUT)
+            tl.store(maps + INDEX * stride + p[:, None] * C + co[None, :], f, mask=valid[:, None])
 
 
 @triton.jit
@@ -358,10 +490,28 @@ def reduce(
 
 @triton.jit
 def reconstruct(
-    src, w, bias, x, bicubic, sr, height, width, sn, sc, sh, sw, H, W,
-    COLORS: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-    STAGES: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
+    src,
+    w,
+    bias,
+    x,
+    bicubic,
+    sr,
+    height,
+    width,
+    sn,
+    sc,
+    sh,
+    sw,
+    H,
+    W,
+    COLORS: tl.constexpr,
+    SCALE: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+):
     """conv 3x3 (C -> K), pixel shuffle, plus the bicubically upsampled image; K: COLORS SCALE^2, padded.
 
     bicubic (25 COLORS, K), float32: upsampling is a 5x5 convolution of the image before the shuffle.
@@ -373,7 +523,7 @@ def reconstruct(
     valid = p < H * W
     row, col = p // W, p % W
     k = tl.arange(0, K)
-    acc = _convolve(src, w, p, H, W, C, K, BM, STAGES, DOT)
+    acc = _convolve(src, w, p, H, W, C=C, K=K, BM=BM, STAGES=STAGES, DOT=DOT)
     acc += tl.load(bias + k)[None, :].to(tl.float32)
     for tap in range(25 * COLORS):
         y = row + (tap % 25) // 5 - 2
