@@ -56,9 +56,8 @@ def _build_from_weights(name, state_dict, origin, transfer, sizes):
         reason = f"{error} is missing" if isinstance(error, KeyError) else "shapes do not fit"
         other = _network_of(state_dict)
         if other:
-            raise InputError(
-                f"{origin} holds {other} weights, not {name} weights; use {other}, or another file", argument="model"
-            ) from None
+            problem = f"{origin}: holds {other} weights, not {name} weights"
+            raise InputError(f"{problem}; use model {other}, or another file") from None
         raise InputError(f"{origin}: not weights of {name} ({reason}); choose another file") from None
     scale = sizes.get("scale", stored["scale"])
     if transfer and scale != stored["scale"]:

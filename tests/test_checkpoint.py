@@ -35,7 +35,7 @@ def test_options_round_trip_and_changed_ones_are_listed(experiment):
             InputError, match=r"options\.json is missing or broken; start another run from .*model"
         ) as error:
             experiment.load_options()
-        assert error.value.for_command_line().startswith(f"--load: {path}: ")
+        assert error.value.for_command_line().startswith(f"--load: {path} is ")
 
 
 def test_a_run_without_a_folder_cannot_be_resumed(tmp_path):
@@ -134,7 +134,7 @@ def test_a_broken_checkpoint_is_named(experiment):
         experiment.checkpoint_path.write_bytes(broken)
         with pytest.raises(InputError, match=advice) as error:
             experiment.load_checkpoint()
-        assert error.value.for_command_line().startswith(f"--load: {experiment.checkpoint_path}: ")
+        assert error.value.for_command_line().startswith(f"--load: {experiment.checkpoint_path} is ")
 
 
 def test_a_resumed_run_removes_unfinished_files_of_killed_processes(experiment):

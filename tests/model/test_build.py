@@ -177,9 +177,9 @@ def test_weights_of_another_size_are_refused(tiny, sizes, message):
 
 
 def test_weights_of_another_network_are_refused(tiny):
-    with pytest.raises(InputError, match="holds SMSR weights, not EDSR weights; use SMSR"):
+    with pytest.raises(InputError, match="holds SMSR weights, not EDSR weights; use model SMSR"):
         build_model("EDSR", tiny.state_dict())
-    with pytest.raises(InputError, match="holds EDSR weights, not SMSR weights; use EDSR"):
+    with pytest.raises(InputError, match="holds EDSR weights, not SMSR weights; use model EDSR"):
         build_model("SMSR", build_model("EDSR", scale=2, n_feats=8, n_resblocks=1).state_dict())
 
 

@@ -18,7 +18,7 @@ def test_the_default_command_is_inference(flags):
 
 
 def test_without_arguments_the_weights_for_inference_are_required():
-    with pytest.raises(InputError, match="required: --pre_train"):
+    with pytest.raises(InputError, match="--pre_train: missing"):
         main([])
 
 
