@@ -101,12 +101,12 @@ def check_results(model: SMSR, device: torch.device, size: tuple[int, int] = (37
 def with_dense_channels(model: SMSR, split: tuple[int, ...]) -> SMSR:
     """A copy of the network with the first channels of each layer dense, as many as `split` gives; (): unchanged."""
     changed = SMSR(
-        model.scale,
-        model.n_feats,
-        len(model.blocks),
-        len(model.blocks[0].convs),
-        model.n_colors,
-        model.rgb_range.item(),
+        scale=model.scale,
+        n_feats=model.n_feats,
+        n_blocks=len(model.blocks),
+        n_layers=len(model.blocks[0].convs),
+        n_colors=model.n_colors,
+        rgb_range=model.rgb_range.item(),
     ).eval()
     changed.load_state_dict(model.state_dict())
     for block, (layer, count) in itertools.product(changed.blocks, enumerate(split)):

@@ -174,18 +174,18 @@ class FusedPlan:
         masks = x.new_empty(len(self.blocks), n, run.height, run.width, dtype=torch.uint8)
         head, scratch = run.new_map(), run.new_map()
         run.first_conv(x, scratch, not_finite)
-        run.conv(scratch, self.head_w, self.head_bias, None, head)
+        run.conv(scratch, self.head_w, self.head_bias, add=None, out=head)
         n_layers = len(self.blocks[0].layers)
         maps = x.new_empty(max(n_layers - 1, 2), n, run.pixels, self.channels)
         features = x.new_empty(len(self.blocks), n, run.pixels, self.channels)
         f = head
         for k, block in enumerate(self.blocks):
             run.make_mask(block, f, masks[k], total[k])
-            run.run_layers(block, f, maps, total[k], scratch, pooled[k])
-            run.attend(block, f, scratch, pooled[k], features[k])
+            run.run_layers(block, f, maps, total=total[k], y=scratch, pooled=pooled[k])
+            run.attend(block, f, scratch, pooled=pooled[k], out=features[k])
             f = features[k]
         run.reduce(features, maps[0])
-        run.conv(maps[0], self.fuse_w, self.fuse_bias, head, maps[1])
+        run.conv(maps[0], self.fuse_w, self.fuse_bias, add=head, out=maps[1])
         sr = x.new_empty(n, n_colors, height * self.model.scale, width * self.model.scale)
         run.reconstruct(maps[1], x, sr)
         masks = masks.view(torch.bool)[:, :, None, :height, :width]
