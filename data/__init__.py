@@ -34,7 +34,7 @@ class DataSettings:
 
 
 def find_set(name: str, dir_data: str | Path, scale: int, dir_demo: str | Path = "") -> ImageSet:
-    """Find the set `name` below `dir_data`, whichever of the known layouts it has; "demo" stands for `dir_demo`.
+    """Find the set `name` below `dir_data`, whichever of the known layouts it has; "demo" is the content of `dir_demo`.
 
     Raises InputError if there is no such set, or if its files are incomplete.
     """

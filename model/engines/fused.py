@@ -146,11 +146,10 @@ class FusedPlan:
     def _square(self, conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
         return pad_to(to_taps(conv.weight), self.channels, self.channels), pad_to(conv.bias.detach(), self.channels)
 
-    @staticmethod
-    def supports(model: nn.Module, x: torch.Tensor) -> bool:
-        """Whether the engine can run these images (N, n_colors, H, W)."""
-        numbers = (x.shape[2] + 1) * (x.shape[3] + 1) * max(pad_size(model.n_feats), model.n_colors * model.scale**2)
-        return model.n_feats <= MAX_FEATS and numbers <= MAX_NUMBERS and len(x) < 2**16
+    def supports(self, x: torch.Tensor) -> bool:
+        """Whether the plan can run images of this size (N, n_colors, H, W)."""
+        per_pixel = max(self.channels, self.model.n_colors * self.model.scale**2)
+        return (x.shape[2] + 1) * (x.shape[3] + 1) * per_pixel <= MAX_NUMBERS and len(x) < 2**16
 
     def needed_bytes(self, x: torch.Tensor) -> int:
         """The memory of the feature maps of a forward."""
@@ -206,22 +205,24 @@ class FusedEngine:
         else:
             self.fused = FusedPlan(plan)
             self.graphs = GraphCache(self.fused)
+        device = plan.model.device
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+        self.largest_graph = MAX_SHARE * memory  # in bytes; without a GPU nothing is captured
 
     def __call__(
         self, x: torch.Tensor, mode: str = "auto", tile: int | None = None
     ) -> tuple[torch.Tensor, Cost | DeferredCost]:
         if self.fused is None or mode not in ("auto", "sparse") or tile is not None:
             return self.plain(x, mode, tile)
-        if not self.fused.supports(self.plain.model, x):
+        if not self.fused.supports(x):
             self._report(f"{x.shape[2]}x{x.shape[3]} pixels are too many")
             return self.plain(x, mode, tile)
         try:
-            limit = MAX_SHARE * torch.cuda.get_device_properties(x.device).total_memory if x.is_cuda else 0
-            result = FusedResult(*self.graphs(x, may_capture=self.fused.needed_bytes(x) < limit))
+            result = FusedResult(*self.graphs(x, may_capture=self.fused.needed_bytes(x) < self.largest_graph))
         except Exception as error:  # Triton fails in many ways; plain operators give the same result
             if is_out_of_memory(error):
                 raise
-            self._report(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'failed'}")
+            self._report(f"{type(error).__name__}: {(str(error).strip().splitlines() or ['failed'])[0]}")
             self.fused = None
             return self.plain(x, mode, tile)
         return result.sr, self._defer_cost(x, result)
