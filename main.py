@@ -164,6 +164,8 @@ def test(args: argparse.Namespace, device: torch.device) -> int:
     path = find_weights(args, experiment)
     model = build_network(args, read_weights(path), path)
     model = model.to(device, PRECISIONS[args.precision], memory_format=torch.channels_last)
+    if args.engine != "auto":
+        model.use_engine(args.engine)
     predict = build_predictor(
         model, mode=args.inference, chop=args.chop, chop_size=args.chop_size, ensemble=args.self_ensemble
     )

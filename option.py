@@ -32,6 +32,7 @@ MODEL_FLAGS = (
 RESERVED_SET_NAMES = ("demo", "video")  # of --data_test: the user's own files
 PAPER_SCHEDULES = {"decay": [200], "tau_epochs": 500, "lambda_warmup": 50}  # for 1000 epochs
 INFERENCE_MODES = ("auto", "sparse", "dense")
+ENGINES = ("auto", "plain", "fused")
 CACHE_KINDS = ("img", "sep", "sep_reset", "bin")
 OnOff = argparse.BooleanOptionalAction  # so that a resumed run can switch it off
 
@@ -277,6 +278,13 @@ def _add_testing_options(group):
         default="auto",
         help="skip the masked work in the modules where that is faster (auto), in all (sparse) or in none (dense)",
     )
+    group.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="what runs an SMSR: Triton kernels on an NVIDIA GPU (fused), PyTorch operators (plain), "
+        "or the fastest one that runs here (auto)",
+    )
     group.add_argument("--chop", action="store_true", help="process images in tiles to save memory; same result")
     group.add_argument(
         "--chop_size",
@@ -355,8 +363,9 @@ def _check_training(args):
         raise InputError(f"--tau_min {args.tau_min}: the temperature starts at 1; use at most 1")
     if args.split_batch > args.batch_size:
         raise InputError(f"--split_batch {args.split_batch}: exceeds --batch_size {args.batch_size}; use fewer parts")
-    if args.inference != "auto":
-        raise InputError(f"--inference {args.inference}: is for tests; add --test_only or leave it out")
+    for name in ("inference", "engine"):
+        if getattr(args, name) != "auto":
+            raise InputError(f"--{name} {getattr(args, name)}: is for tests; add --test_only or leave it out")
     for name in TEST_ONLY_FLAGS:
         if getattr(args, name):
             raise InputError(f"--{name}: is for tests; add --test_only or leave it out")
@@ -368,6 +377,8 @@ def _check_training(args):
 def _check_test(args):
     if args.dry_run:
         raise InputError("--dry_run: is for training; leave it out of a test")
+    if args.model == "EDSR" and args.engine != "auto":
+        raise InputError(f"--engine {args.engine}: is for SMSR; leave it out")
     if args.model == "EDSR" and args.inference == "sparse":
         raise InputError("--inference sparse: EDSR has no masked work to skip; leave it out")
     if args.save_masks and args.model == "EDSR":

@@ -18,6 +18,7 @@ from torch import nn
 from model import engines, sparse
 from model.common import check_images, conv3x3, pad_to_multiple
 from model.network import Cost, Network, drop_mean_shifts, stored_settings
+from model.snapshot import Snapshot
 
 SPARSE, IMPORTANT = 0, 1  # index into the two spatial logits of a pixel
 DENSE = 0  # index into the two channel logits of a channel
@@ -182,12 +183,6 @@ class SMSR(Network):
         rgb_range: largest pixel value, saved with the weights
     """
 
-    @property
-    def peak_maps(self) -> int:
-        """Feature maps that inference holds in memory at its peak."""
-        fused = len(self.blocks) + max(len(self.blocks[0].convs) - 1, 2) + 3
-        return fused if self.mean.is_cuda else 8
-
     def __init__(
         self,
         scale: int,
@@ -202,7 +197,7 @@ class SMSR(Network):
         self.blocks = nn.ModuleList(SMM(n_feats, n_layers) for _ in range(n_blocks))
         self.collect = Collect(n_feats, n_blocks)
         self.tail = Tail(n_feats, n_colors, scale)
-        self._engine = self._planned_weights = None
+        self._engine, self._engine_name, self._planned = None, "auto", None
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -252,16 +247,26 @@ class SMSR(Network):
         check_images(x, self.n_colors)
         return self._current_engine()(x, mode, tile)
 
+    def use_engine(self, name: str) -> None:
+        """Choose what runs inference: "auto", the fastest engine here, or another of engines.NAMES.
+
+        The next call of `inference` raises InputError if that engine cannot run.
+        """
+        self._engine_name, self._planned = name, None
+
+    @property
+    def peak_maps(self) -> int:
+        """Feature maps that inference holds in memory at its peak."""
+        return self._current_engine().peak_maps
+
     def _current_engine(self) -> engines.Engine:
-        weights, planned = list(self.parameters()), self._planned_weights
-        if planned is None or len(weights) != len(planned) or not all(map(_is_unchanged, weights, planned)):
-            plan = sparse.Plan(self)
-            self._engine = engines.pick_engine(plan)
-            self._planned_weights = [_fingerprint(weight) for weight in weights]
+        if self._planned is None or not self._planned.matches():
+            self._engine = engines.pick_engine(sparse.Plan(self), self._engine_name)
+            self._planned = Snapshot(self)
         return self._engine
 
     def __getstate__(self):  # copies and pickles build their own plan
-        return {**super().__getstate__(), "_engine": None, "_planned_weights": None}
+        return {**super().__getstate__(), "_engine": None, "_planned": None}
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -283,21 +288,6 @@ class SMSR(Network):
     def translate(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rename the keys of the published checkpoints to ours; other keys stay the same."""
         return {_rename(key): value for key, value in drop_mean_shifts(state_dict).items()}
-
-
-def _fingerprint(weight: torch.Tensor) -> torch.Tensor | tuple:
-    """What tells whether a weight has changed since. Comparing values on a GPU would wait for it in every call."""
-    if weight.is_cuda:
-        version = None if weight.is_inference() else weight._version
-        return weight.data_ptr(), version, weight.dtype, weight.shape, weight.device
-    return weight.detach().clone()
-
-
-def _is_unchanged(weight: torch.Tensor, before: torch.Tensor | tuple) -> bool:
-    """On a CPU by value, so that changes through .data are noticed too; on a GPU they are not."""
-    if isinstance(before, tuple) or weight.is_cuda:
-        return _fingerprint(weight) == before
-    return weight.dtype == before.dtype and torch.equal(weight, before)
 
 
 _PUBLISHED_KEYS = (

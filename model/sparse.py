@@ -51,6 +51,8 @@ class Plan:
     Raises InputError if weights or images contain NaN or infinity, weights do not fit each other, or for another mode.
     """
 
+    peak_maps = 8  # feature maps in memory at its peak, as measured on a CPU
+
     def __init__(self, model: nn.Module):
         self.model = model
         for name, parameter in model.named_parameters():

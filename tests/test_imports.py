@@ -300,4 +300,5 @@ def test_light_modules_load_no_heavy_ones(tmp_path, statement, absent):
 
 def test_choices_of_the_command_line_are_those_of_the_modules():
     assert option.INFERENCE_MODES == model.sparse.INFERENCE_MODES
+    assert option.ENGINES == model.engines.NAMES
     assert option.CACHE_KINDS == data.cache.CACHE_KINDS

@@ -5,6 +5,9 @@ then sparse. Important pixels, their number and pooled sums stay on the device, 
 docs/sparse-inference.md explains the method.
 """
 
+import functools
+import itertools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,13 +18,15 @@ from torch import nn
 
 from model.common import bicubic_weights
 from model.engines import fused_kernels as kernels
-from model.engines.graphs import MAX_SHARE, GraphCache
+from model.engines.graphs import MAX_SHARE, GraphCache, run_both
 from model.network import Cost, DeferredCost
 from model.sparse import BlockPlan, Plan
 from utility import InputError, is_out_of_memory, logger
 
 MAX_FEATS = 128  # a tile holds all channels of its pixels in registers
 MAX_NUMBERS = 2**31 - 1  # in a map of one image: kernels count them in 32 bits
+TILES = {128: (128, 3), 256: (64, 2), 512: (32, 1)}  # bytes of a pixel: pixels per tile, stages; below 100 KB in all
+MIN_TILES = 256  # about two per processor of a large GPU; images with fewer get small tiles
 SMALL_TILE = 64  # pixels per tile of the kernels that only read and write
 
 
@@ -41,12 +46,21 @@ def to_taps(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().permute(2, 3, 1, 0).flatten(0, 1)
 
 
+def to_windows(weight: torch.Tensor, channels: int, outputs: int) -> torch.Tensor:
+    """Weights of a convolution (R, C, 3, 3) -> (16, channels, 4 outputs): a 4x4 window gives 2x2 pixels; padded."""
+    weight = weight.detach().permute(2, 3, 1, 0)  # (3, 3, C, R)
+    windows = weight.new_zeros(4, 4, channels, 2, 2, outputs)
+    for y, x in itertools.product(range(2), repeat=2):
+        windows[y : y + 3, x : x + 3, : weight.shape[2], y, x, : weight.shape[3]] = weight
+    return windows.reshape(16, channels, 4 * outputs).contiguous()
+
+
 @dataclass(frozen=True)
 class FusedLayer:
-    """Weights of one sparse mask convolution: w (9, C, C), thin (9, d_in, d_out); padded numbers of dense channels."""
+    """Weights of one sparse mask convolution: w (9, C, C), dense (9, d_in, d_out); padded numbers of dense channels."""
 
     w: torch.Tensor
-    thin: torch.Tensor
+    dense: torch.Tensor
     d_in: int
     d_out: int
 
@@ -60,33 +74,31 @@ class FusedBlock:
         for layer in plan.layers:
             n_out = layer.n_out if n_in else 0  # dense outputs without dense inputs are zero
             d_in, d_out = pad_size(n_in), pad_size(n_out)
-            thin = pad_to(to_taps(layer.weight[:n_out, :n_in]), max(d_in, 1), max(d_out, 1))
-            self.layers.append(FusedLayer(pad_to(to_taps(layer.weight), channels, channels), thin, d_in, d_out))
+            dense = pad_to(to_taps(layer.weight[:n_out, :n_in]), max(d_in, 1), max(d_out, 1))
+            self.layers.append(FusedLayer(pad_to(to_taps(layer.weight), channels, channels), dense, d_in, d_out))
             n_in = n_out
         collect = [layer.collect_weight.detach().T for layer in plan.layers]
         self.collect = torch.stack([pad_to(weight, channels, channels) for weight in collect])  # (L, C, C)
         self.collect_bias = pad_to(block.collect.bias.detach(), channels)
         self.dense_code = sum(layer.d_out << (8 * index) for index, layer in enumerate(self.layers))
-        self.all_code = sum(channels << (8 * index) for index in range(len(self.layers)))
         self._prepare_mask_branch(block.spatial_mask, channels)
         self._prepare_attention(block.attention, channels)
 
     def _prepare_mask_branch(self, branch: nn.Module, channels: int) -> None:
         hidden = branch.full.out_channels
         self.hidden = pad_size(hidden)
-        window = branch.full.weight.new_zeros(4, 4, channels, 2, 2, self.hidden)  # a 4x4 window gives 2x2 pixels
-        weight = branch.full.weight.detach().permute(2, 3, 1, 0)  # (3, 3, C, R)
-        for y in range(2):
-            for x in range(2):
-                window[y : y + 3, x : x + 3, : weight.shape[2], y, x, :hidden] = weight
-        self.pool_w = window.reshape(16, channels, 4 * self.hidden).contiguous()
+        self.pool_w = to_windows(branch.full.weight, channels, self.hidden)
         self.pool_bias = pad_to(branch.full.bias.detach(), self.hidden).repeat(4)
-        self.mid_w = pad_to(to_taps(branch.pooled.weight), self.hidden, self.hidden)
-        self.mid_bias = pad_to(branch.pooled.bias.detach(), self.hidden)
+        self.mid_w = to_windows(branch.pooled.weight, self.hidden, self.hidden)
+        self.mid_bias = pad_to(branch.pooled.bias.detach(), self.hidden).repeat(4)
         # A pixel is important if its second logit is larger, so the difference of both is enough.
-        logits = branch.logits.weight.detach().float()  # (R, 2, 3, 3)
-        self.decide_w = pad_to((logits[:, 1] - logits[:, 0]).permute(1, 2, 0).reshape(9, hidden), 9, self.hidden)
-        bias = branch.logits.bias.detach().float()
+        weight, bias = (tensor.detach().float() for tensor in (branch.logits.weight, branch.logits.bias))
+        taps = (weight[:, 1] - weight[:, 0]).permute(1, 2, 0)  # (3, 3, R)
+        decide = taps.new_zeros(2, 2, 2, 2, self.hidden)  # from 2x2 pooled pixels to the 2x2 pixels of the first
+        for y, x, from_y, from_x in itertools.product(range(2), repeat=4):
+            if from_y <= y and from_x <= x:
+                decide[y, x, from_y, from_x, :hidden] = taps[1 + y - 2 * from_y, 1 + x - 2 * from_x]
+        self.decide_w = decide.reshape(4, 4 * self.hidden)
         self.decide_bias = (bias[1] - bias[0]).reshape(1)
 
     def _prepare_attention(self, attention: nn.Module, channels: int) -> None:
@@ -122,9 +134,7 @@ class FusedPlan:
     def __init__(self, plan: Plan):
         model = self.model = plan.model
         channels = self.channels = pad_size(model.n_feats)
-        self.tile = 128 if channels <= 64 else 64
         self.options = {"num_warps": 4 if channels <= 64 else 8}  # so that registers suffice
-        self.stages = 3 if channels <= 64 else 2  # as many as shared memory holds
         self.blocks = [FusedBlock(block, channels) for block in plan.blocks]
         n_blocks, n_colors, scale = len(self.blocks), model.n_colors, model.scale
         first, _, second = model.head
@@ -151,10 +161,21 @@ class FusedPlan:
         per_pixel = max(self.channels, self.model.n_colors * self.model.scale**2)
         return (x.shape[2] + 1) * (x.shape[3] + 1) * per_pixel <= MAX_NUMBERS and len(x) < 2**16
 
+    @property
+    def peak_maps(self) -> int:
+        """Feature maps in memory at once."""
+        return len(self.blocks) + self.n_maps + 2
+
+    @property
+    def n_maps(self) -> int:
+        """Outputs of layers that are kept: those of the last one only where dense channels are among them."""
+        n_layers = len(self.blocks[0].layers)
+        last = any(block.layers[-1].d_out for block in self.blocks)
+        return max(n_layers if last else n_layers - 1, 2)
+
     def needed_bytes(self, x: torch.Tensor) -> int:
         """The memory of the feature maps of a forward."""
-        n_maps = len(self.blocks) + max(len(self.blocks[0].layers) - 1, 2) + 2
-        return n_maps * x.numel() // x.shape[1] * self.channels * x.element_size()
+        return self.peak_maps * x.numel() // x.shape[1] * self.channels * x.element_size()
 
     def executed_macs(self, block: FusedBlock, pixels: int, important: int) -> int:
         """Multiply-adds of the layers of a module for this many pixels, some of them important."""
@@ -167,21 +188,21 @@ class FusedPlan:
     def __call__(self, x: torch.Tensor) -> FusedResult:
         n, n_colors, height, width = x.shape
         run = _Run(self, x)
-        total = x.new_empty(len(self.blocks), n, dtype=torch.int32)
-        zeros = x.new_zeros(len(self.blocks) * n * self.channels + 1, dtype=torch.int64)
-        pooled, not_finite = zeros[:-1].view(len(self.blocks), n, self.channels), zeros[-1:].view(torch.int32)[:1]
-        masks = x.new_empty(len(self.blocks), n, run.height, run.width, dtype=torch.uint8)
+        n_blocks, n_layers = len(self.blocks), len(self.blocks[0].layers)
+        zeros = x.new_zeros(n_blocks * n * (n_layers + 1) * self.channels + 1, dtype=torch.int64)
+        sums, not_finite = zeros[:-1].view(n_blocks, -1), zeros[-1:].view(torch.int32)[:1]
+        total = x.new_empty(n_blocks, n, dtype=torch.int32)
+        masks = x.new_empty(n_blocks, n, run.height, run.width, dtype=torch.uint8)
         head, scratch = run.new_map(), run.new_map()
         run.first_conv(x, scratch, not_finite)
         run.conv(scratch, self.head_w, self.head_bias, add=None, out=head)
-        n_layers = len(self.blocks[0].layers)
-        maps = x.new_empty(max(n_layers - 1, 2), n, run.pixels, self.channels)
-        features = x.new_empty(len(self.blocks), n, run.pixels, self.channels)
+        maps = x.new_empty(self.n_maps, n, run.pixels, self.channels)
+        features = x.new_empty(n_blocks, n, run.pixels, self.channels)
         f = head
         for k, block in enumerate(self.blocks):
             run.make_mask(block, f, masks[k], total[k])
-            run.run_layers(block, f, maps, total=total[k], y=scratch, pooled=pooled[k])
-            run.attend(block, f, scratch, pooled=pooled[k], out=features[k])
+            run.run_layers(block, f, maps, total=total[k], y=scratch, sums=sums[k])
+            run.attend(block, f, maps, total=total[k], y=scratch, sums=sums[k], out=features[k])
             f = features[k]
         run.reduce(features, maps[0])
         run.conv(maps[0], self.fuse_w, self.fuse_bias, add=head, out=maps[1])
@@ -209,10 +230,20 @@ class FusedEngine:
         memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
         self.largest_graph = MAX_SHARE * memory  # in bytes; without a GPU nothing is captured
 
+    @property
+    def peak_maps(self) -> int:
+        """Feature maps of model.n_feats channels in memory at its peak, with one for what is smaller."""
+        if self.fused is None:
+            return self.plain.peak_maps
+        return math.ceil((self.fused.peak_maps + 1) * self.fused.channels / self.plain.n_feats)
+
     def __call__(
         self, x: torch.Tensor, mode: str = "auto", tile: int | None = None
     ) -> tuple[torch.Tensor, Cost | DeferredCost]:
-        if self.fused is None or mode not in ("auto", "sparse") or tile is not None:
+        if self.fused is None or mode not in ("auto", "sparse"):
+            return self.plain(x, mode, tile)
+        if tile is not None:
+            self._report("it runs whole images, not tiles")
             return self.plain(x, mode, tile)
         if not self.fused.supports(x):
             self._report(f"{x.shape[2]}x{x.shape[3]} pixels are too many")
@@ -260,7 +291,11 @@ class _Run:
         self.pixels = self.height * self.width
         self.pooled_height, self.pooled_width = self.height // 2, self.width // 2
         self.pooled_pixels = self.pixels // 4
-        self.grid = (triton.cdiv(self.pixels, plan.tile), self.n)
+        row_bytes = plan.channels * x.element_size()
+        self.tile, self.stages = next(fit for most, fit in TILES.items() if row_bytes <= most)
+        if self.n * self.pixels < self.tile * MIN_TILES:
+            self.tile = min(self.tile, SMALL_TILE)
+        self.grid = (triton.cdiv(self.pixels, self.tile), self.n)
         self.pooled_grid = (triton.cdiv(self.pooled_pixels, SMALL_TILE), self.n)
         exact = x.dtype == torch.float32 and x.is_cuda and not torch.backends.cudnn.allow_tf32
         self.dot = "ieee" if exact else "tf32"
@@ -286,7 +321,7 @@ class _Run:
             COLORS=plan.model.n_colors,
             K=plan.first_k,
             C=plan.channels,
-            BM=plan.tile,
+            BM=self.tile,
             DOT=self.dot,
             **plan.options,
         )
@@ -302,8 +337,8 @@ class _Run:
             self.height,
             self.width,
             C=plan.channels,
-            BM=plan.tile,
-            STAGES=plan.stages,
+            BM=self.tile,
+            STAGES=self.stages,
             ADD=add is not None,
             DOT=self.dot,
             num_warps=8,
@@ -312,9 +347,8 @@ class _Run:
     def make_mask(self, block, f, mask, total):
         """Write the mask (N, H, W) of a module, the number of its important pixels, and its kernel map."""
         plan, hidden = self.plan, block.hidden
-        pooled, mid = (self.x.new_empty(self.n, self.pooled_pixels, hidden) for _ in range(2))
+        pooled = self.x.new_empty(self.n, self.pooled_pixels, hidden)
         counts = self.x.new_empty(self.n, self.pooled_grid[0], dtype=torch.int32)
-        half = self.pooled_height, self.pooled_width, self.pooled_pixels
         kernels.mask_pool[self.pooled_grid](
             f,
             block.pool_w,
@@ -322,27 +356,31 @@ class _Run:
             pooled,
             self.height,
             self.width,
-            *half[1:],
+            self.pooled_width,
+            self.pooled_pixels,
             C=plan.channels,
             R=hidden,
             BM=SMALL_TILE,
-            STAGES=plan.stages,
+            STAGES=self.stages,
             DOT=self.dot,
             **plan.options,
         )
-        kernels.mask_mid[self.pooled_grid](
-            pooled, block.mid_w, block.mid_bias, mid, *half, R=hidden, BM=SMALL_TILE, DOT=self.dot, **plan.options
-        )
         kernels.mask_decide[self.pooled_grid](
-            mid,
+            pooled,
+            block.mid_w,
+            block.mid_bias,
             block.decide_w,
             block.decide_bias,
             mask,
             counts,
             self.width,
-            *half,
+            self.pooled_height,
+            self.pooled_width,
+            self.pooled_pixels,
             R=hidden,
             BM=SMALL_TILE,
+            STAGES=self.stages,
+            DOT=self.dot,
             **plan.options,
         )
         kernels.kernel_map[self.pooled_grid](
@@ -353,61 +391,96 @@ class _Run:
             total,
             self.height,
             self.width,
-            *half[1:],
+            self.pooled_width,
+            self.pooled_pixels,
             BM=SMALL_TILE,
             **plan.options,
         )
 
-    def run_layers(self, block, f, maps, total, y, pooled):
-        """Run the layers of a module, and collect them into the map y."""
-        plan, source = self.plan, f
+    def run_layers(self, block, f, maps, total, y, sums):
+        """Run the layers of a module, and collect the important pixels into the map y."""
+        source = f
         for index, layer in enumerate(block.layers):
-            kernels.layer[(self.grid[0] + 1, self.n)](
-                source,
-                maps,
-                layer.w,
-                layer.thin,
-                block.collect,
-                block.collect_bias,
-                self.order,
-                self.bits,
-                total,
-                y,
-                pooled,
-                self.height,
-                self.width,
-                maps.stride(0),
-                C=plan.channels,
-                BM=plan.tile,
-                STAGES=plan.stages,
-                DOT=self.dot,
-                LAYERS=len(block.layers),
-                INDEX=index,
-                D_IN=layer.d_in,
-                D_OUT=layer.d_out,
-                DENSE=block.dense_code,
-                ALL=block.all_code,
-                num_warps=8
-                if index == len(block.layers) - 1
-                else plan.options["num_warps"],  # collecting needs registers
-            )
+            important = functools.partial(self.important_layer, block, index, source, maps, total, y, sums)
+            if layer.d_out:
+                run_both(functools.partial(self.dense_layer, block, index, source, maps[index], total, sums), important)
+            else:
+                important()
             source = maps[min(index, len(maps) - 1)]
 
-    def attend(self, block, f, y, pooled, out):
+    def dense_layer(self, block, index, source, out, total, sums):
+        plan, layer = self.plan, block.layers[index]
+        kernels.dense_layer[self.grid](
+            source,
+            out,
+            layer.dense,
+            self.order,
+            self.bits,
+            total,
+            sums,
+            self.height,
+            self.width,
+            C=plan.channels,
+            D_IN=layer.d_in,
+            D_OUT=layer.d_out,
+            BM=self.tile,
+            STAGES=self.stages,
+            LAYERS=len(block.layers),
+            INDEX=index,
+            DOT=self.dot,
+            **plan.options,
+        )
+
+    def important_layer(self, block, index, source, maps, total, y, sums):
+        plan, last = self.plan, index == len(block.layers) - 1
+        kernels.important_layer[self.grid](
+            source,
+            maps,
+            block.layers[index].w,
+            block.collect,
+            block.collect_bias,
+            self.order,
+            self.bits,
+            total,
+            y,
+            sums,
+            self.height,
+            self.width,
+            maps.stride(0),
+            C=plan.channels,
+            D_IN=block.layers[index].d_in,
+            BM=self.tile,
+            STAGES=self.stages,
+            LAYERS=len(block.layers),
+            INDEX=index,
+            DOT=self.dot,
+            num_warps=8 if last else plan.options["num_warps"],  # collecting needs registers
+        )
+
+    def attend(self, block, f, maps, total, y, sums, out):
         kernels.attend[(triton.cdiv(self.pixels, SMALL_TILE), self.n)](
             f,
             y,
-            pooled,
+            maps,
+            block.collect,
+            block.collect_bias,
+            self.bits,
+            total,
+            sums,
             block.squeeze_w,
             block.squeeze_bias,
             block.excite_w,
             block.excite_bias,
             out,
             self.pixels,
+            maps.stride(0),
             C=self.plan.channels,
             R=block.squeezed,
             BM=SMALL_TILE,
-            **self.plan.options,
+            LAYERS=len(block.layers),
+            DENSE=block.dense_code,
+            DOT=self.dot,
+            num_warps=8,  # mostly waits for memory
         )
 
     def reduce(self, features, out):
@@ -444,8 +517,8 @@ class _Run:
             SCALE=plan.model.scale,
             C=plan.channels,
             K=plan.tail_k,
-            BM=plan.tile,
-            STAGES=plan.stages,
+            BM=self.tile,
+            STAGES=self.stages,
             DOT=self.dot,
             **plan.options,
         )

@@ -3,7 +3,7 @@
 Feature maps are (P, C) per image: one row per pixel, channels padded with zeros to C, a power of two of at least 16.
 In the map of a layer, dense channels come first. The row of an unimportant pixel is valid only in its dense channels,
 padded to a power of two: a load asks for "important, or a dense channel" and gets zeros elsewhere. Every kernel runs on
-a grid (tiles, images). Names in capitals are compile-time constants; N_ counts, *_W are weights.
+a grid (tiles, images). Names in capitals are compile-time constants.
 
     H, W      height and width of the features, even; the image may be one row or column smaller
     PW, PP    width and number of pixels of the pooled map, half as high and wide
@@ -15,9 +15,7 @@ a grid (tiles, images). Names in capitals are compile-time constants; N_ counts,
 import triton
 import triton.language as tl
 
-POOL_SCALE = tl.constexpr(
-    2.0**20
-)  # pooled sums are integers of this scale, so that the order of additions is irrelevant
+SUM_SCALE = tl.constexpr(2.0**20)  # of sums that are kept as integers
 
 
 @triton.jit
@@ -120,6 +118,41 @@ def conv3x3(
 
 
 @triton.jit
+def _convolve_windows(
+    src,
+    w,
+    bias,
+    py,
+    px,
+    valid,
+    H,
+    W,
+    STEP: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """conv 3x3 (C -> R) and ReLU at 2x2 pixels each: the 4x4 window around them times weights (16, C, 4 R).
+
+    The window of (py, px) starts at the row STEP py - 1 and the column STEP px - 1 of the map `src` (H, W, C).
+    Returns (BM, 4 R), float32: the outputs of the pixels top left, top right, bottom left, bottom right.
+    """
+    c = tl.arange(0, C)
+    k = tl.arange(0, 4 * R)
+    acc = tl.zeros((BM, 4 * R), tl.float32)
+    for tap in tl.range(16, num_stages=STAGES):
+        y = STEP * py - 1 + tap // 4
+        x = STEP * px - 1 + tap % 4
+        inside = valid & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        a = tl.load(src + (y * W + x)[:, None] * C + c[None, :], mask=inside[:, None], other=0.0)
+        b = tl.load(w + (tap * C + c[:, None]) * 4 * R + k[None, :])
+        acc = tl.dot(a, b, acc, input_precision=DOT)
+    return tl.maximum(acc + tl.load(bias + k)[None, :].to(tl.float32), 0.0)
+
+
+@triton.jit
 def mask_pool(
     f,
     w,
@@ -135,23 +168,12 @@ def mask_pool(
     STAGES: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """conv 3x3 (C -> R), ReLU, average pool 2: the 4x4 window of a pooled pixel times weights (16, C, 4 R)."""
+    """conv 3x3 (C -> R), ReLU, average pool 2. Weights w: (16, C, 4 R), as in `_convolve_windows`."""
     n = tl.program_id(1).to(tl.int64)
     f += n * H * W * C
     i = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = i < PP
-    py, px = i // PW, i % PW
-    c = tl.arange(0, C)
-    k = tl.arange(0, 4 * R)
-    acc = tl.zeros((BM, 4 * R), tl.float32)
-    for tap in tl.range(16, num_stages=STAGES):
-        y = 2 * py - 1 + tap // 4
-        x = 2 * px - 1 + tap % 4
-        inside = valid & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-        a = tl.load(f + (y * W + x)[:, None] * C + c[None, :], mask=inside[:, None], other=0.0)
-        b = tl.load(w + (tap * C + c[:, None]) * 4 * R + k[None, :])
-        acc = tl.dot(a, b, acc, input_precision=DOT)
-    acc = tl.maximum(acc + tl.load(bias + k)[None, :].to(tl.float32), 0.0)
+    acc = _convolve_windows(f, w, bias, i // PW, i % PW, valid, H, W, STEP=2, C=C, R=R, BM=BM, STAGES=STAGES, DOT=DOT)
     pooled = tl.sum(tl.reshape(acc, (BM, 4, R)), 1) * 0.25
     r = tl.arange(0, R)
     at = n * PP * R + i[:, None] * R + r[None, :]
@@ -159,32 +181,30 @@ def mask_pool(
 
 
 @triton.jit
-def mask_mid(src, w, bias, out, PH, PW, PP, R: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr):
-    """conv 3x3 (R -> R), ReLU, on the pooled map."""
-    n = tl.program_id(1).to(tl.int64)
-    src += n * PP * R
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
-    valid = i < PP
-    py, px = i // PW, i % PW
-    r = tl.arange(0, R)
-    acc = tl.zeros((BM, R), tl.float32)
-    for tap in tl.static_range(9):
-        y = py + tap // 3 - 1
-        x = px + tap % 3 - 1
-        inside = valid & (y >= 0) & (y < PH) & (x >= 0) & (x < PW)
-        a = tl.load(src + (y * PW + x)[:, None] * R + r[None, :], mask=inside[:, None], other=0.0)
-        acc = tl.dot(a, tl.load(w + (tap * R + r[:, None]) * R + r[None, :]), acc, input_precision=DOT)
-    acc = tl.maximum(acc + tl.load(bias + r)[None, :].to(tl.float32), 0.0)
-    at = n * PP * R + i[:, None] * R + r[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=valid[:, None])
+def mask_decide(
+    src,
+    w,
+    bias,
+    decide,
+    decide_bias,
+    mask,
+    counts,
+    W,
+    PH,
+    PW,
+    PP,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """On the pooled map: conv 3x3 (R -> R), ReLU, and a transposed conv 3x3 (R -> 1, stride 2) to the mask.
 
+    The transposed convolution gives the difference of the two logits, compared in float32. A pooled pixel decides on
+    the 2x2 pixels that it covers; they depend on the features of the 2x2 pooled pixels that begin there.
 
-@triton.jit
-def mask_decide(src, w, bias, mask, counts, W, PH, PW, PP, R: tl.constexpr, BM: tl.constexpr):
-    """Transposed conv 3x3 (R -> 1, stride 2) to the difference of the two logits: the mask, and its count per tile.
-
-    A pooled pixel decides on the 2x2 pixels that it covers, in the order top left, top right, bottom left, bottom
-    right. w (9, R) and the features are compared in float32.
+    w       (16, R, 4 R), as in `_convolve_windows`; decide: (4, 4 R), from these features to each of the 2x2 pixels
+    counts  (N, tiles), important pixels of each tile
     """
     n = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0)
@@ -192,29 +212,18 @@ def mask_decide(src, w, bias, mask, counts, W, PH, PW, PP, R: tl.constexpr, BM: 
     i = t * BM + tl.arange(0, BM)
     valid = i < PP
     py, px = i // PW, i % PW
-    r = tl.arange(0, R)
-    at = i[:, None] * R + r[None, :]
-    right, below = valid & (px + 1 < PW), valid & (py + 1 < PH)
-    v00 = tl.load(src + at, mask=valid[:, None], other=0.0).to(tl.float32)
-    v01 = tl.load(src + at + R, mask=right[:, None], other=0.0).to(tl.float32)
-    v10 = tl.load(src + at + PW * R, mask=below[:, None], other=0.0).to(tl.float32)
-    v11 = tl.load(src + at + (PW + 1) * R, mask=(right & below)[:, None], other=0.0).to(tl.float32)
-    b = tl.load(bias)
-    d0 = tl.sum(v00 * tl.load(w + 4 * R + r)[None, :], 1) + b
-    d1 = tl.sum(v00 * tl.load(w + 5 * R + r)[None, :] + v01 * tl.load(w + 3 * R + r)[None, :], 1) + b
-    d2 = tl.sum(v00 * tl.load(w + 7 * R + r)[None, :] + v10 * tl.load(w + 1 * R + r)[None, :], 1) + b
-    d3 = tl.sum(v00 * tl.load(w + 8 * R + r)[None, :] + v01 * tl.load(w + 6 * R + r)[None, :], 1)
-    d3 += tl.sum(v10 * tl.load(w + 2 * R + r)[None, :] + v11 * tl.load(w + r)[None, :], 1) + b
-    m0 = ((d0 > 0) & valid).to(tl.int32)
-    m1 = ((d1 > 0) & valid).to(tl.int32)
-    m2 = ((d2 > 0) & valid).to(tl.int32)
-    m3 = ((d3 > 0) & valid).to(tl.int32)
+    acc = _convolve_windows(src, w, bias, py, px, valid, PH, PW, STEP=1, C=R, R=R, BM=BM, STAGES=STAGES, DOT=DOT)
+    k = tl.arange(0, 4 * R)
+    inside = (py[:, None] + (k // (2 * R))[None, :] < PH) & (px[:, None] + (k // R % 2)[None, :] < PW)
+    acc = tl.where(inside, acc, 0.0)
     mask += n * 4 * PP + 2 * py * W + 2 * px
-    tl.store(mask, m0.to(tl.uint8), mask=valid)
-    tl.store(mask + 1, m1.to(tl.uint8), mask=valid)
-    tl.store(mask + W, m2.to(tl.uint8), mask=valid)
-    tl.store(mask + W + 1, m3.to(tl.uint8), mask=valid)
-    tl.store(counts + n * tl.num_programs(0) + t, tl.sum(m0 + m1 + m2 + m3, 0))
+    total = tl.zeros((BM,), tl.int32)
+    for sub in tl.static_range(4):
+        difference = tl.sum(acc * tl.load(decide + sub * 4 * R + k)[None, :], 1) + tl.load(decide_bias)
+        important = ((difference > 0) & valid).to(tl.int32)
+        tl.store(mask + sub // 2 * W + sub % 2, important.to(tl.uint8), mask=valid)
+        total += important
+    tl.store(counts + n * tl.num_programs(0) + t, tl.sum(total, 0))
 
 
 @triton.jit
@@ -262,212 +271,230 @@ def kernel_map(mask, counts, order, bits, total, H, W, PW, PP, BM: tl.constexpr)
 
 
 @triton.jit
-def _convolve_important(
-    src,
-    w,
-    p,
-    around,
-    W,
-    C: tl.constexpr,
-    D_IN: tl.constexpr,
-    BM: tl.constexpr,
-    STAGES: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """All outputs from all inputs at the important pixels p: (BM, C). Weights w: (9, C, C)."""
-    c = tl.arange(0, C)
-    acc = tl.zeros((BM, C), tl.float32)
-    for tap in tl.range(9, num_stages=STAGES):
-        q = p + (tap // 3 - 1) * W + tap % 3 - 1
-        important = ((around >> tap) & 1) != 0
-        inside = ((around >> (tap + 9)) & 1) != 0
-        keep = important[:, None] | (inside[:, None] & (c < D_IN)[None, :])
-        a = tl.load(src + q[:, None] * C + c[None, :], mask=keep, other=0.0)
-        b = tl.load(w + (tap * C + c[:, None]) * C + c[None, :])
-        acc = tl.dot(a, b, acc, input_precision=DOT)
-    return acc
-
-
-@triton.jit
-def _convolve_dense(
-    src,
-    thin,
-    p,
-    around,
-    W,
-    C: tl.constexpr,
-    D_IN: tl.constexpr,
-    D_OUT: tl.constexpr,
-    BM: tl.constexpr,
-    STAGES: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """Dense outputs from dense inputs at the other pixels p: (BM, D_OUT). Weights thin: (9, D_IN, D_OUT)."""
-    ci = tl.arange(0, D_IN)
-    co = tl.arange(0, D_OUT)
-    acc = tl.zeros((BM, D_OUT), tl.float32)
-    for tap in tl.range(9, num_stages=STAGES):
-        q = p + (tap // 3 - 1) * W + tap % 3 - 1
-        inside = ((around >> (tap + 9)) & 1) != 0
-        a = tl.load(src + q[:, None] * C + ci[None, :], mask=inside[:, None], other=0.0)
-        b = tl.load(thin + (tap * D_IN + ci[:, None]) * D_OUT + co[None, :])
-        acc = tl.dot(a, b, acc, input_precision=DOT)
-    return acc
-
-
-@triton.jit
 def _collect(
     f,
     maps,
-    wc,
+    w,
     bias,
-    y,
-    pooled,
     p,
     valid,
     stride,
     C: tl.constexpr,
-    K: tl.constexpr,
     BM: tl.constexpr,
     LAYERS: tl.constexpr,
-    CHANNELS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """The 1x1 collection of all layers at the pixels p, written to the map y and added to its sums.
-
-    f (BM, K) is the output of the last layer. CHANNELS: channels to collect, 8 bits per layer.
-    """
+    """The 1x1 convolution (LAYERS C -> C) of all layers at pixels p: (BM, C). f (BM, C): the last layer's output."""
     c = tl.arange(0, C)
-    z = tl.zeros((BM, C), tl.float32)
-    if K > 0:
-        k = tl.arange(0, K)
-        b = tl.load(wc + (LAYERS - 1) * C * C + k[:, None] * C + c[None, :])
-        z = tl.dot(f, b, z, input_precision=DOT)
+    z = tl.zeros((BM, C), tl.float32) + tl.load(bias + c)[None, :].to(tl.float32)
+    z = tl.dot(f, tl.load(w + ((LAYERS - 1) * C + c[:, None]) * C + c[None, :]), z, input_precision=DOT)
     for j in tl.static_range(LAYERS - 1):
-        if (CHANNELS >> (8 * j)) & 255 > 0:
-            i = tl.arange(0, (CHANNELS >> (8 * j)) & 255)
-            a = tl.load(maps + j * stride + p[:, None] * C + i[None, :], mask=valid[:, None], other=0.0)
-            b = tl.load(wc + j * C * C + i[:, None] * C + c[None, :])
-            z = tl.dot(a, b, z, input_precision=DOT)
-    z += tl.load(bias + c)[None, :].to(tl.float32)
-    tl.store(y + p[:, None] * C + c[None, :], z.to(y.dtype.element_ty), mask=valid[:, None])
-    sums = tl.sum(tl.where(valid[:, None], z, 0.0), 0)
-    tl.atomic_add(pooled + c, (sums * POOL_SCALE).to(tl.int64))
+        a = tl.load(maps + j * stride + p[:, None] * C + c[None, :], mask=valid[:, None], other=0.0)
+        z = tl.dot(a, tl.load(w + (j * C + c[:, None]) * C + c[None, :]), z, input_precision=DOT)
+    return z
 
 
 @triton.jit
-def layer(
+def important_layer(
     src,
     maps,
     w,
-    thin,
-    wc,
+    collect,
     bias,
     order,
     bits,
     total,
     y,
-    pooled,
+    sums,
     H,
     W,
     stride,
     C: tl.constexpr,
+    D_IN: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
-    DOT: tl.constexpr,
     LAYERS: tl.constexpr,
     INDEX: tl.constexpr,
-    D_IN: tl.constexpr,
-    D_OUT: tl.constexpr,
-    DENSE: tl.constexpr,
-    ALL: tl.constexpr,
+    DOT: tl.constexpr,
 ):
-    """One sparse mask convolution. The last one of a module also collects all layers (1x1) into the map y.
+    """A sparse mask convolution at the important pixels: all outputs from all inputs that are computed, and ReLU.
 
-    The first tiles hold important pixels: all outputs from all inputs. The others hold dense outputs from dense inputs.
+    The last layer of a module also collects all layers (1x1), into the map y.
 
-    src     the map that this layer reads
-    maps    the outputs of the layers, `stride` numbers apart; the last layer has none
-    w       (9, C, C); thin: (9, D_IN, D_OUT); wc: (LAYERS, C, C); bias: (C,), all inputs first
-    pooled  (N, C) int64, sums of y over the pixels
-    D_IN    dense channels of src; D_OUT: of the output; both padded; 0: none
-    DENSE   dense channels of all layers, padded: 8 bits per layer; ALL: the same with C in place of each
+    src      the map that this layer reads, with D_IN dense channels, padded; 0: none
+    maps     the outputs of the layers, `stride` numbers apart
+    w        (9, C, C); collect: (LAYERS, C, C); bias: (C,), all inputs first
+    sums     (N, LAYERS + 1, C) int64; the last row gets the sums of y over the important pixels
     """
     n = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0)
-    LAST: tl.constexpr = INDEX == LAYERS - 1
-    stride = tl.cast(stride, tl.int64)  # j * stride may not fit into 32 bits
-    offset = n * H * W * C
-    src += offset
-    maps += offset
-    y += offset
-    order += n * H * W
-    bits += n * H * W
-    pooled += n * C
     count = tl.load(total + n)
-    tiles = tl.cdiv(count, BM)
-    c = tl.arange(0, C)
-    if t < tiles:
+    stride = tl.cast(stride, tl.int64)  # j * stride may not fit into 32 bits
+    if t * BM < count:
+        offset = n * H * W
         i = t * BM + tl.arange(0, BM)
         valid = i < count
-        p = tl.load(order + i, mask=valid, other=0)
-        around = tl.load(bits + p, mask=valid, other=0)
-        acc = _convolve_important(src, w, p, around, W, C=C, D_IN=D_IN, BM=BM, STAGES=STAGES, DOT=DOT)
+        p = tl.load(order + offset + i, mask=valid, other=0)
+        around = tl.load(bits + offset + p, mask=valid, other=0)
+        c = tl.arange(0, C)
+        acc = tl.zeros((BM, C), tl.float32)
+        for tap in tl.range(9, num_stages=STAGES):
+            q = p + (tap // 3 - 1) * W + tap % 3 - 1
+            important = ((around >> tap) & 1) != 0
+            inside = ((around >> (tap + 9)) & 1) != 0
+            keep = important[:, None] | (inside[:, None] & (c < D_IN)[None, :])
+            a = tl.load(src + offset * C + q[:, None] * C + c[None, :], mask=keep, other=0.0)
+            b = tl.load(w + (tap * C + c[:, None]) * C + c[None, :])
+            acc = tl.dot(a, b, acc, input_precision=DOT)
         f = tl.maximum(acc, 0.0).to(y.dtype.element_ty)
-        if LAST:
-            _collect(
-                f, maps, wc, bias, y, pooled, p, valid, stride, C=C, K=C, BM=BM, LAYERS=LAYERS, CHANNELS=ALL, DOT=DOT
-            )
+        maps += offset * C
+        at = p[:, None] * C + c[None, :]
+        if INDEX < LAYERS - 1:
+            tl.store(maps + INDEX * stride + at, f, mask=valid[:, None])
         else:
-            tl.store(maps + INDEX * stride + p[:, None] * C + c[None, :], f, mask=valid[:, None])
-    elif (LAST or D_OUT > 0) and (t - tiles) * BM < H * W - count:
-        i = (t - tiles) * BM + tl.arange(0, BM)
-        valid = i < H * W - count
-        p = tl.load(order + H * W - 1 - i, mask=valid, other=0)
-        f = tl.zeros((BM, 1), y.dtype.element_ty)
-        if D_OUT > 0:
-            around = tl.load(bits + p, mask=valid, other=0)
-            acc = _convolve_dense(src, thin, p, around, W, C=C, D_IN=D_IN, D_OUT=D_OUT, BM=BM, STAGES=STAGES, DOT=DOT)
-            f = tl.maximum(acc, 0.0).to(y.dtype.element_ty)
-        if LAST:
-            _collect(
-                f,
-                maps,
-                wc,
-                bias,
-                y,
-                pooled,
-                p,
-                valid,
-                stride,
-                C=C,
-                K=D_OUT,
-                BM=BM,
-                LAYERS=LAYERS,
-                CHANNELS=DENSE,
-                DOT=DOT,
-            )
-        elif D_OUT > 0:
-            co = tl.arange(0, D_OUT)
-            tl.store(maps + INDEX * stride + p[:, None] * C + co[None, :], f, mask=valid[:, None])
+            z = _collect(f, maps, collect, bias, p, valid, stride, C=C, BM=BM, LAYERS=LAYERS, DOT=DOT)
+            tl.store(y + offset * C + at, z.to(y.dtype.element_ty), mask=valid[:, None])
+            _add_to_sums(sums + (n * (LAYERS + 1) + LAYERS) * C + c, z, valid)
 
 
 @triton.jit
-def attend(f, y, pooled, w1, b1, w2, b2, out, P, C: tl.constexpr, R: tl.constexpr, BM: tl.constexpr):
-    """f + y * attention. Each tile computes the attention (C -> R -> C) from the pooled sums; weights are float32."""
+def _add_to_sums(sums, values, valid):
+    """Add the rows of values (BM, C) that are valid. Integers, so that the order of additions is irrelevant."""
+    total = tl.sum(tl.where(valid[:, None], values.to(tl.float32), 0.0), 0)
+    tl.atomic_add(sums, (total * SUM_SCALE).to(tl.int64))
+
+
+@triton.jit
+def dense_layer(
+    src,
+    out,
+    w,
+    order,
+    bits,
+    total,
+    sums,
+    H,
+    W,
+    C: tl.constexpr,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    LAYERS: tl.constexpr,
+    INDEX: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """A sparse mask convolution at the other pixels: dense outputs from dense inputs, and ReLU.
+
+    w     (9, D_IN, D_OUT), padded
+    sums  (N, LAYERS + 1, C) int64; row INDEX gets the sums of the outputs over these pixels
+    """
+    n = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0)
+    count = H * W - tl.load(total + n)
+    if t * BM < count:
+        offset = n * H * W
+        i = t * BM + tl.arange(0, BM)
+        valid = i < count
+        p = tl.load(order + offset + H * W - 1 - i, mask=valid, other=0)
+        around = tl.load(bits + offset + p, mask=valid, other=0)
+        ci = tl.arange(0, D_IN)
+        co = tl.arange(0, D_OUT)
+        acc = tl.zeros((BM, D_OUT), tl.float32)
+        for tap in tl.range(9, num_stages=STAGES):
+            q = p + (tap // 3 - 1) * W + tap % 3 - 1
+            inside = ((around >> (tap + 9)) & 1) != 0
+            a = tl.load(src + offset * C + q[:, None] * C + ci[None, :], mask=inside[:, None], other=0.0)
+            b = tl.load(w + (tap * D_IN + ci[:, None]) * D_OUT + co[None, :])
+            acc = tl.dot(a, b, acc, input_precision=DOT)
+        f = tl.maximum(acc, 0.0).to(out.dtype.element_ty)
+        tl.store(out + offset * C + p[:, None] * C + co[None, :], f, mask=valid[:, None])
+        _add_to_sums(sums + (n * (LAYERS + 1) + INDEX) * C + co, f, valid)
+
+
+@triton.jit
+def _attention(
+    sums,
+    total,
+    collect,
+    bias,
+    w1,
+    b1,
+    w2,
+    b2,
+    P,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    LAYERS: tl.constexpr,
+    DENSE: tl.constexpr,
+):
+    """Channel attention (C -> R -> C) of the collected map, from its mean: (C,)."""
+    c = tl.arange(0, C)
+    r = tl.arange(0, R)
+    mean = tl.load(sums + LAYERS * C + c).to(tl.float32) / SUM_SCALE
+    mean += (P - tl.load(total)).to(tl.float32) * tl.load(bias + c).to(tl.float32)
+    for j in tl.static_range(LAYERS):  # the sum of a 1x1 convolution is that of the sums
+        if (DENSE >> (8 * j)) & 255 > 0:
+            i = tl.arange(0, (DENSE >> (8 * j)) & 255)
+            inputs = tl.load(sums + j * C + i).to(tl.float32) / SUM_SCALE
+            weights = tl.load(collect + (j * C + i[:, None]) * C + c[None, :]).to(tl.float32)
+            mean += tl.sum(inputs[:, None] * weights, 0)
+    mean = mean / P
+    h = tl.sum(tl.load(w1 + r[:, None] * C + c[None, :]) * mean[None, :], 1) + tl.load(b1 + r)
+    h = tl.maximum(h, 0.0)
+    return tl.sigmoid(tl.sum(tl.load(w2 + c[:, None] * R + r[None, :]) * h[None, :], 1) + tl.load(b2 + c))
+
+
+@triton.jit
+def attend(
+    f,
+    y,
+    maps,
+    collect,
+    bias,
+    bits,
+    total,
+    sums,
+    w1,
+    b1,
+    w2,
+    b2,
+    out,
+    P,
+    stride,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    LAYERS: tl.constexpr,
+    DENSE: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """f + z * attention. z is the map y at important pixels; elsewhere it is collected here, from dense channels.
+
+    Each tile computes the attention anew. collect (LAYERS, C, C) and bias (C,) as in `important_layer`; weights of the
+    attention are float32. DENSE: dense channels of each layer, padded, 8 bits per layer.
+    """
     n = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.arange(0, C)
-    r = tl.arange(0, R)
-    mean = tl.load(pooled + n * C + c).to(tl.float32) / (POOL_SCALE * P)
-    h = tl.sum(tl.load(w1 + r[:, None] * C + c[None, :]) * mean[None, :], 1) + tl.load(b1 + r)
-    h = tl.maximum(h, 0.0)
-    factor = tl.sigmoid(tl.sum(tl.load(w2 + c[:, None] * R + r[None, :]) * h[None, :], 1) + tl.load(b2 + c))
-    valid = (p < P)[:, None]
-    at = n * P * C + p[:, None] * C + c[None, :]
-    v = tl.load(f + at, mask=valid, other=0.0).to(tl.float32)
-    v += tl.load(y + at, mask=valid, other=0.0).to(tl.float32) * factor[None, :]
-    tl.store(out + at, v.to(out.dtype.element_ty), mask=valid)
+    valid = p < P
+    important = ((tl.load(bits + n * P + p, mask=valid, other=0) >> 4) & 1) != 0
+    other = (valid & (important == 0))[:, None]
+    stride = tl.cast(stride, tl.int64)
+    z = tl.zeros((BM, C), tl.float32) + tl.load(bias + c)[None, :].to(tl.float32)
+    for j in tl.static_range(LAYERS):
+        if (DENSE >> (8 * j)) & 255 > 0:
+            i = tl.arange(0, (DENSE >> (8 * j)) & 255)
+            a = tl.load(maps + j * stride + (n * P + p)[:, None] * C + i[None, :], mask=other, other=0.0)
+            b = tl.load(collect + (j * C + i[:, None]) * C + c[None, :])
+            z = tl.dot(a, b, z, input_precision=DOT)
+    at = (n * P + p)[:, None] * C + c[None, :]
+    z = tl.where(important[:, None], tl.load(y + at, mask=important[:, None], other=0.0).to(tl.float32), z)
+    factor = _attention(
+        sums + n * (LAYERS + 1) * C, total + n, collect, bias, w1, b1, w2, b2, P, C=C, R=R, LAYERS=LAYERS, DENSE=DENSE
+    )
+    v = tl.load(f + at, mask=valid[:, None], other=0.0).to(tl.float32) + z * factor[None, :]
+    tl.store(out + at, v.to(out.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit

@@ -131,9 +131,15 @@ def test_tiles_and_the_masked_dense_mode_run_by_the_plain_plan(monkeypatch):
     engine = FusedEngine(Plan(model))
     monkeypatch.setattr(FusedPlan, "__call__", None)
     x = torch.rand(1, 3, 6, 6)
-    for arguments in ((x, "dense"), (x, "auto", 64)):
+    for arguments, reported in (((x, "dense"), set()), ((x, "auto", 64), {"it runs whole images, not tiles"})):
         assert torch.equal(engine(*arguments)[0], model.inference(*arguments)[0])
-    assert not engine.reported
+        assert engine.reported == reported
+
+
+@pytest.mark.parametrize(("n_feats", "expected"), [(16, 7), (48, 10), (144, 8)])
+def test_the_memory_check_knows_the_maps_of_the_engine(n_feats, expected):
+    model = SMSR(2, n_feats=n_feats, n_blocks=2, n_layers=2).eval()
+    assert FusedEngine(Plan(model)).peak_maps == expected  # 2 features, 2 layers, 2 more, and one; padded to 64; plain
 
 
 def test_what_the_engine_cannot_run_falls_back_with_one_log_line(caplog, monkeypatch):
@@ -172,6 +178,14 @@ def test_memory_errors_are_not_hidden():
         engine(torch.rand(1, 3, 6, 6))
 
 
+KERNELS = ("first_conv", "conv3x3", "mask_pool", "mask_decide", "kernel_map")
+KERNELS += ("important_layer", "dense_layer", "attend", "reduce", "reconstruct")
+
+
+# dense channels of the published x2 weights
+PUBLISHED_SPLITS = ((24, 9, 3, 0), (16, 4, 1, 0), (16, 7, 1, 0), (3, 0, 0, 0), (14, 5, 0, 0))
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """The names of the kernels that are launched, none of which runs."""
@@ -184,17 +198,19 @@ def launches(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: names.append(self.name)
 
-    for name in ("first_conv", "conv3x3", "mask_pool", "mask_mid", "mask_decide", "kernel_map", "layer", "attend"):
-        monkeypatch.setattr(kernels, name, Recorder(name))
-    for name in ("reduce", "reconstruct"):
+    for name in KERNELS:
         monkeypatch.setattr(kernels, name, Recorder(name))
     return names
 
 
 def test_a_forward_never_waits_and_launches_few_kernels(launches):
-    plan = FusedPlan(Plan(SMSR(2)))
+    model = SMSR(2)
+    for block, dense in zip(model.blocks, PUBLISHED_SPLITS, strict=True):
+        with_dense_channels(block, dense)
+    plan = FusedPlan(Plan(model))
     plan(torch.empty(1, 3, 360, 640, device="meta"))  # numbers on this device cannot be read
-    assert launches.count("layer") == 20
+    assert launches.count("important_layer") == 20
+    assert launches.count("dense_layer") == 12  # none where a layer has no dense channels
     assert len(launches) + 1 <= 60  # and one that writes zeros
 
 
