@@ -190,7 +190,7 @@ class FusedPlan:
         run = _Run(self, x)
         n_blocks, n_layers = len(self.blocks), len(self.blocks[0].layers)
         zeros = x.new_zeros(n_blocks * n * (n_layers + 1) * self.channels + 1, dtype=torch.int64)
-        sums, not_finite = zeros[:-1].view(n_blocks, -1), zeros[-1:].view(torch.int32)[:1]
+        sums, not_finite = zeros[:-1].view(n_blocks, n, n_layers + 1, -1), zeros[-1:].view(torch.int32)[:1]
         total = x.new_empty(n_blocks, n, dtype=torch.int32)
         masks = x.new_empty(n_blocks, n, run.height, run.width, dtype=torch.uint8)
         head, scratch = run.new_map(), run.new_map()
@@ -401,15 +401,19 @@ class _Run:
         """Run the layers of a module, and collect the important pixels into the map y."""
         source = f
         for index, layer in enumerate(block.layers):
-            important = functools.partial(self.important_layer, block, index, source, maps, total, y, sums)
+            is_last = index == len(block.layers) - 1
+            out = maps[index] if layer.d_out or not is_last else None
+            important = functools.partial(
+                self.important_layer, block, layer, source, maps, total, y if is_last else out, sums[:, -1], is_last
+            )
             if layer.d_out:
-                run_both(functools.partial(self.dense_layer, block, index, source, maps[index], total, sums), important)
+                run_both(functools.partial(self.dense_layer, layer, source, out, total, sums[:, index]), important)
             else:
                 important()
-            source = maps[min(index, len(maps) - 1)]
+            source = out
 
-    def dense_layer(self, block, index, source, out, total, sums):
-        plan, layer = self.plan, block.layers[index]
+    def dense_layer(self, layer, source, out, total, sums):
+        plan = self.plan
         kernels.dense_layer[self.grid](
             source,
             out,
@@ -420,41 +424,41 @@ class _Run:
             sums,
             self.height,
             self.width,
+            sums.stride(0),
             C=plan.channels,
             D_IN=layer.d_in,
             D_OUT=layer.d_out,
             BM=self.tile,
             STAGES=self.stages,
-            LAYERS=len(block.layers),
-            INDEX=index,
             DOT=self.dot,
             **plan.options,
         )
 
-    def important_layer(self, block, index, source, maps, total, y, sums):
-        plan, last = self.plan, index == len(block.layers) - 1
+    def important_layer(self, block, layer, source, maps, total, out, sums, is_last):
+        plan = self.plan
         kernels.important_layer[self.grid](
             source,
             maps,
-            block.layers[index].w,
+            layer.w,
             block.collect,
             block.collect_bias,
             self.order,
             self.bits,
             total,
-            y,
+            out,
             sums,
             self.height,
             self.width,
             maps.stride(0),
+            sums.stride(0),
             C=plan.channels,
-            D_IN=block.layers[index].d_in,
+            D_IN=layer.d_in,
             BM=self.tile,
             STAGES=self.stages,
             LAYERS=len(block.layers),
-            INDEX=index,
+            LAST=is_last,
             DOT=self.dot,
-            num_warps=8 if last else plan.options["num_warps"],  # collecting needs registers
+            num_warps=8 if is_last else plan.options["num_warps"],  # collecting needs registers
         )
 
     def attend(self, block, f, maps, total, y, sums, out):

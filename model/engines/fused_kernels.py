@@ -304,27 +304,29 @@ def important_layer(
     order,
     bits,
     total,
-    y,
+    out,
     sums,
     H,
     W,
     stride,
+    sums_stride,
     C: tl.constexpr,
     D_IN: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
     LAYERS: tl.constexpr,
-    INDEX: tl.constexpr,
+    LAST: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """A sparse mask convolution at the important pixels: all outputs from all inputs that are computed, and ReLU.
 
-    The last layer of a module also collects all layers (1x1), into the map y.
+    The LAST layer of a module does not store them: it collects all layers (1x1).
 
-    src      the map that this layer reads, with D_IN dense channels, padded; 0: none
-    maps     the outputs of the layers, `stride` numbers apart
-    w        (9, C, C); collect: (LAYERS, C, C); bias: (C,), all inputs first
-    sums     (N, LAYERS + 1, C) int64; the last row gets the sums of y over the important pixels
+    src   the map that this layer reads, with D_IN dense channels, padded; 0: none
+    maps  the outputs of the layers, `stride` numbers apart
+    w     (9, C, C); collect: (LAYERS, C, C); bias: (C,), all inputs first
+    out   the map that this layer writes
+    sums  (N, C) int64, `sums_stride` numbers apart: the sums of the LAST layer's result over the important pixels
     """
     n = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0)
@@ -346,15 +348,16 @@ def important_layer(
             a = tl.load(src + offset * C + q[:, None] * C + c[None, :], mask=keep, other=0.0)
             b = tl.load(w + (tap * C + c[:, None]) * C + c[None, :])
             acc = tl.dot(a, b, acc, input_precision=DOT)
-        f = tl.maximum(acc, 0.0).to(y.dtype.element_ty)
-        maps += offset * C
+        f = tl.maximum(acc, 0.0).to(out.dtype.element_ty)
+        out += offset * C
         at = p[:, None] * C + c[None, :]
-        if INDEX < LAYERS - 1:
-            tl.store(maps + INDEX * stride + at, f, mask=valid[:, None])
-        else:
+        if LAST:
+            maps += offset * C
             z = _collect(f, maps, collect, bias, p, valid, stride, C=C, BM=BM, LAYERS=LAYERS, DOT=DOT)
-            tl.store(y + offset * C + at, z.to(y.dtype.element_ty), mask=valid[:, None])
-            _add_to_sums(sums + (n * (LAYERS + 1) + LAYERS) * C + c, z, valid)
+            tl.store(out + at, z.to(out.dtype.element_ty), mask=valid[:, None])
+            _add_to_sums(sums + n * sums_stride + c, z, valid)
+        else:
+            tl.store(out + at, f, mask=valid[:, None])
 
 
 @triton.jit
@@ -375,19 +378,18 @@ def dense_layer(
     sums,
     H,
     W,
+    sums_stride,
     C: tl.constexpr,
     D_IN: tl.constexpr,
     D_OUT: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
-    LAYERS: tl.constexpr,
-    INDEX: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """A sparse mask convolution at the other pixels: dense outputs from dense inputs, and ReLU.
 
     w     (9, D_IN, D_OUT), padded
-    sums  (N, LAYERS + 1, C) int64; row INDEX gets the sums of the outputs over these pixels
+    sums  (N, C) int64, `sums_stride` numbers apart: the sums of the outputs over these pixels
     """
     n = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0)
@@ -409,7 +411,7 @@ def dense_layer(
             acc = tl.dot(a, b, acc, input_precision=DOT)
         f = tl.maximum(acc, 0.0).to(out.dtype.element_ty)
         tl.store(out + offset * C + p[:, None] * C + co[None, :], f, mask=valid[:, None])
-        _add_to_sums(sums + (n * (LAYERS + 1) + INDEX) * C + co, f, valid)
+        _add_to_sums(sums + n * sums_stride + co, f, valid)
 
 
 @triton.jit
@@ -472,7 +474,10 @@ def attend(
     """f + z * attention. z is the map y at important pixels; elsewhere it is collected here, from dense channels.
 
     Each tile computes the attention anew. collect (LAYERS, C, C) and bias (C,) as in `important_layer`; weights of the
-    attention are float32. DENSE: dense channels of each layer, padded, 8 bits per layer.
+    attention are float32.
+
+    sums   (N, LAYERS + 1, C): of the dense outputs of each layer at other pixels, and of y at important ones
+    DENSE  dense channels of each layer, padded, 8 bits per layer
     """
     n = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BM + tl.arange(0, BM)

@@ -22,7 +22,7 @@ POINTERS = {
     **{"order": "*i32", "bits": "*i32", "counts": "*i32", "total": "*i32", "not_finite": "*i32"},
     **{"mask": "*u8", "sums": "*i64"},
 }
-NUMBERS = ("H", "W", "PW", "PP", "PH", "P", "height", "width", "sn", "sc", "sh", "sw", "stride")
+NUMBERS = ("H", "W", "PW", "PP", "PH", "P", "height", "width", "sn", "sc", "sh", "sw", "stride", "sums_stride")
 ATTENTION = ("w1", "b1", "w2", "b2")
 SIZES = {"C": 64, "STAGES": STAGES, "DOT": "tf32"}
 DENSE = 32 | 16 << 8 | 16 << 16  # dense channels of the layers of the published x2 weights, padded
@@ -76,17 +76,17 @@ def assert_fast(built, architecture, folder, pipelined=True, multiplies=True, fe
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize(("index", "d_in"), [(0, 64), (1, 32), (3, 16), (3, 0)])
-def test_important_layers_are_pipelined_on_tensor_cores(index, d_in, dtype, architecture, tmp_path):
-    constants = SIZES | {"LAYERS": 4, "BM": 128, "INDEX": index, "D_IN": d_in}
-    built = compile_ahead(kernels.important_layer, constants, architecture, dtype, num_warps=8 if index == 3 else 4)
+@pytest.mark.parametrize(("last", "d_in"), [(False, 64), (False, 32), (True, 16), (True, 0)])
+def test_important_layers_are_pipelined_on_tensor_cores(last, d_in, dtype, architecture, tmp_path):
+    constants = SIZES | {"LAYERS": 4, "BM": 128, "LAST": last, "D_IN": d_in}
+    built = compile_ahead(kernels.important_layer, constants, architecture, dtype, num_warps=8 if last else 4)
     assert_fast(built, architecture, tmp_path)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(("d_in", "d_out"), [(64, 32), (32, 16), (16, 16)])
 def test_dense_layers_are_pipelined_on_tensor_cores(d_in, d_out, architecture, tmp_path):
-    constants = SIZES | {"LAYERS": 4, "BM": 128, "INDEX": 1, "D_IN": d_in, "D_OUT": d_out}
+    constants = SIZES | {"BM": 128, "D_IN": d_in, "D_OUT": d_out}
     assert_fast(compile_ahead(kernels.dense_layer, constants, architecture), architecture, tmp_path, few_channels=True)
 
 
@@ -94,7 +94,7 @@ def test_dense_layers_are_pipelined_on_tensor_cores(d_in, d_out, architecture, t
 def test_the_largest_kernels_fit(architecture, tmp_path):
     constants = {"C": 128, "BM": 64, "LAYERS": 4, "DOT": "tf32"}
     layer = compile_ahead(
-        kernels.important_layer, constants | {"STAGES": 2, "INDEX": 3, "D_IN": 64}, architecture, num_warps=8
+        kernels.important_layer, constants | {"STAGES": 2, "LAST": True, "D_IN": 64}, architecture, num_warps=8
     )
     assert_fast(layer, architecture, tmp_path)
     constants |= {"DENSE": 128 | 64 << 8 | 32 << 16, "R": 8}
@@ -106,7 +106,7 @@ def test_the_largest_kernels_fit(architecture, tmp_path):
 @pytest.mark.parametrize(("channels", "row_bytes"), [(64, 256), (128, 512)])
 def test_float32_fits(channels, row_bytes, architecture):
     tile, stages = TILES[row_bytes]
-    constants = {"C": channels, "BM": tile, "STAGES": stages, "DOT": "tf32", "LAYERS": 4, "INDEX": 3, "D_IN": 16}
+    constants = {"C": channels, "BM": tile, "STAGES": stages, "DOT": "tf32", "LAYERS": 4, "LAST": True, "D_IN": 16}
     built = compile_ahead(kernels.important_layer, constants, architecture, "fp32", num_warps=8)
     assert built.metadata.shared < 100 * 2**10
 
