@@ -158,17 +158,20 @@ class Trainer:
     def run_step(self, lr_images, hr_images):
         """One step on LR (N, P, P, C) and HR (N, sP, sP, C) images, uint8; returns its StepResult."""
         _, *values = self.schedules.at(self.epoch)
-        # As tensors: numbers would be compiled into the network. From torch.full: torch.tensor waits for the device.
-        tau, lambda_ = (torch.full((), value, device=self.model.device) for value in values)
-        words = np.random.SeedSequence((self.settings.seed, self.epoch, self.step, distributed.rank()))
         losses = (abs(row["loss"]) for row in reversed(self.history))
+        largest_loss = self.settings.skip_threshold * next(filter(math.isfinite, losses), math.inf)
+        # As tensors: numbers would be compiled into the network. From torch.full: torch.tensor waits for the device.
+        tau, lambda_, largest_loss = (
+            torch.full((), value, device=self.model.device) for value in (*values, largest_loss)
+        )
+        words = np.random.SeedSequence((self.settings.seed, self.epoch, self.step, distributed.rank()))
         return self.training_step(
             self.model.to_input(lr_images),
             self.model.to_input(hr_images),
             tau=tau,
             lambda_=lambda_,
+            largest_loss=largest_loss,
             noise_seed=int(words.generate_state(1, "u8")[0] >> 1),
-            largest_loss=self.settings.skip_threshold * next(filter(math.isfinite, losses), math.inf),
         )
 
     def _progress_bar(self):

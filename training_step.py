@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_value_, get_total_norm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 import distributed
 from loss import Loss
 from loss.sparsity import active_shares
+from model.engines.graphs import StepGraph
 from model.network import Network
-from utility import InputError
+from utility import InputError, logger
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ class StepSettings:
     gclip: float = 0.0  # clips each gradient value to +-gclip; 0: off
     split_batch: int = 1  # parts in which a batch runs, to save memory
     precision: torch.dtype = torch.float32  # of the convolutions; weights, losses and updates are float32
-    compile: bool = False  # compile forward and backward
+    compile: bool = False  # compile forward and backward, and on a GPU replay the step as one CUDA graph
     ema: float = 0.0  # decay of a moving average of the weights; 0: off
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step reports, on the device.
+    """What a step reports, on the device. The next step may overwrite it.
 
     names    of the K values: "loss", "loss_<term>" ..., "active_<module>" ..., "grad_norm"
     values   (K,)
@@ -91,7 +92,7 @@ class TrainingStep:
     """A call takes one step of a training.
 
     A step is skipped if its loss or gradient is not finite or its loss is too large. The device decides this, so a step
-    does not wait for it, except with RMSprop, or with a moving average on a GPU.
+    does not wait for it, except with RMSprop.
 
     Args:
         model: on its device
@@ -108,7 +109,10 @@ class TrainingStep:
             init_scale=2.0**16 if settings.precision == torch.float16 else 1.0,
             enabled=model.device.type != "mps",
         )
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)) if settings.ema else None
+        self.ema = AveragedModel(model) if settings.ema else None
+        self._averages = False  # whether the moving average has begun; the first one is the weights
+        self._names: Sequence[str] = ()  # of the values that a step reports
+        self._run = self._graphed() if settings.compile and model.device.type == "cuda" else self._take
 
     def __call__(
         self,
@@ -116,23 +120,60 @@ class TrainingStep:
         hr_images: torch.Tensor,
         tau: torch.Tensor,
         lambda_: torch.Tensor,
+        largest_loss: torch.Tensor,
         noise_seed: int,
-        largest_loss: float = math.inf,
     ) -> StepResult:
-        """LR (N, C, P, P) and HR (N, C, sP, sP) in 0...rgb_range; tau and lambda_ are tensors ().
+        """LR (N, C, P, P) and HR (N, C, sP, sP) in 0...rgb_range; tau, lambda_ and largest_loss are tensors ().
 
         noise_seed seeds the noise of the masks; a loss above largest_loss skips the step.
         """
         torch.manual_seed(noise_seed)
-        self.optimizer.zero_grad()
-        names, values, masks = self._backward((lr_images, hr_images), tau, lambda_, largest_loss)
-        norm = self._update()
-        return StepResult([*names, "grad_norm"], torch.cat([values, norm[None]]), norm.isfinite(), masks)
+        values, is_good, *masks = self._run(lr_images, hr_images, tau, lambda_, largest_loss)
+        written = list(self.model.parameters())
+        if self.ema:
+            self.ema.n_averaged += 1
+            self._averages = True
+            written += self.ema.module.parameters()
+        torch.autograd.graph.increment_version(written)  # fused optimizers and graphs do not tell that they write
+        return StepResult(self._names, values, is_good, masks)
 
     def set_learning_rate(self, lr: float) -> None:
         self.criterion.set_learning_rate(lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], torch.Tensor):  # a graph reads it
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def _graphed(self):
+        """The step as a CUDA graph, or without one if it cannot be captured, which is logged."""
+        reason = None
+        if distributed.world_size() > 1:
+            reason = "several processes exchange gradients"
+        elif isinstance(self.optimizer, torch.optim.RMSprop):
+            reason = "RMSprop waits for the device"
+        elif self.criterion.learned_state():
+            reason = "the loss trains a discriminator"
+        if reason:
+            logger.info(f"the training step runs without a CUDA graph: {reason}")
+            return self._take
+        return StepGraph(self._take, prepare=self._prepare_graph)
+
+    def _prepare_graph(self):
+        """Let a graph read the learning rate from the device, where it can change."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.full((), group["lr"], device=self.model.device)
+            if "capturable" in group:
+                group["capturable"] = True
+
+    def _take(self, lr_images, hr_images, tau, lambda_, largest_loss):
+        """The part of a step that a graph can hold: only tensors go in and out."""
+        self.optimizer.zero_grad()
+        with _fastest_convolutions():
+            names, values, masks = self._backward((lr_images, hr_images), tau, lambda_, largest_loss)
+        norm = self._update()
+        self._names = [*names, "grad_norm"]
+        return torch.cat([values, norm[None]]), norm.isfinite(), *masks
 
     def _backward(self, images, tau, lambda_, largest_loss):
         """Compute the gradients of a batch, part by part."""
@@ -170,7 +211,9 @@ class TrainingStep:
             self.scaler.step(self.optimizer)
         self.scaler.update(None if self.settings.precision == torch.float16 else 1.0)
         if self.ema:
-            self.ema.update_parameters(self.model)
+            averages, weights = list(self.ema.module.parameters()), list(self.model.parameters())
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, weights, 1 - self.settings.ema if self._averages else 1.0)
         return norm
 
     def state(self) -> dict[str, Any]:
@@ -178,11 +221,20 @@ class TrainingStep:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
             "optimizer_name": type(self.optimizer).__name__,
             "scaler": self.scaler.state_dict() if self.settings.precision == torch.float16 else None,
             "criterion": self.criterion.learned_state(),
         }
+
+    def _optimizer_state(self):
+        """The state of the optimizer, with or without a graph in the same form."""
+        state = self.optimizer.state_dict()
+        for group in state["param_groups"]:
+            group["lr"] = float(group["lr"])
+            if "capturable" in group:
+                group["capturable"] = False
+        return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore everything but the weights, which the model has already, and the settings of the optimizer.
@@ -205,8 +257,20 @@ class TrainingStep:
             raise InputError(f"the run has no discriminator for {error}; keep its own loss", argument="loss") from None
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])
+            self._averages = bool(self.ema.n_averaged)
         if state["scaler"] and self.settings.precision == torch.float16:
             self.scaler.load_state_dict(state["scaler"])
+
+
+@contextlib.contextmanager
+def _fastest_convolutions():
+    """Let cuDNN measure which algorithm is fastest, which pays if all images have one size; not if bits must repeat."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _build_forward(model, is_compiled):

@@ -247,6 +247,12 @@ class SMSR(Network):
         check_images(x, self.n_colors)
         return self._current_engine()(x, mode, tile)
 
+    def train(self, mode: bool = True) -> "SMSR":
+        """As in nn.Module; the network is compiled again, because not every optimizer tells that it changes weights."""
+        if mode:
+            self._planned = None
+        return super().train(mode)
+
     def use_engine(self, name: str) -> None:
         """Choose what runs inference: "auto", the fastest engine here, or another of engines.NAMES.
 

@@ -8,7 +8,7 @@ class Snapshot:
     """The parameters of a network as they are now; `matches` tells whether they still are the same.
 
     On a CPU they are compared by value. On a GPU that would wait for it in every call. There a change is noticed by
-    PyTorch's count of the operations in place; a change through `.data` of the same size is not.
+    PyTorch's count of the operations in place; a change through `.data` or by a fused optimizer is not counted.
     """
 
     def __init__(self, network: nn.Module):

@@ -12,7 +12,7 @@ from loss import build_loss
 from model.edsr import EDSR
 from model.smsr import SMSR
 from training_step import OptimizerSettings, StepResult, StepSettings, TrainingStep, build_optimizer
-from utility import InputError
+from utility import InputError, logger
 
 N_MODULES = 2  # of the network of `build_step`
 
@@ -32,8 +32,10 @@ def random_batch(n_images=4, size=8, seed=0):
     return lr, lr.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
-def take(step, lr, hr, tau=1.0, lambda_=0.1, noise_seed=0, **limit):
-    return step(lr, hr, tau=torch.tensor(tau), lambda_=torch.tensor(lambda_), noise_seed=noise_seed, **limit)
+def take(step, lr, hr, tau=1.0, lambda_=0.1, noise_seed=0, largest_loss=math.inf):
+    numbers = {"tau": tau, "lambda_": lambda_, "largest_loss": largest_loss}
+    tensors = {name: torch.tensor(float(value)) for name, value in numbers.items()}
+    return step(lr, hr, noise_seed=noise_seed, **tensors)
 
 
 def take_good(step, lr, hr, **options):
@@ -189,15 +191,16 @@ class NoReading(TorchDispatchMode):
         ("L1+GAN", {}),
         ("L1", {"gclip": 1.0, "split_batch": 2}),
         ("L1", {"precision": torch.float16}),
+        ("L1", {"ema": 0.5}),
     ],
 )
 def test_a_step_does_not_wait_for_the_device(name, loss, settings):
     step = build_step(loss, OptimizerSettings(name), **settings)
     batch = random_batch(size=16)
     take(step, *batch)  # the first step also builds the state of the optimizer
-    tau, lambda_ = torch.tensor(1.0), torch.tensor(0.1)
+    tau, lambda_, largest_loss = torch.tensor(1.0), torch.tensor(0.1), torch.tensor(1e9)
     with NoReading():
-        step(*batch, tau=tau, lambda_=lambda_, noise_seed=0, largest_loss=1e9)
+        step(*batch, tau=tau, lambda_=lambda_, noise_seed=0, largest_loss=largest_loss)
 
 
 # ---- parts of a batch, clipping, precision ---------------------------------------------------------------------------
@@ -521,3 +524,101 @@ def test_a_moving_average_can_be_switched_on_and_off_when_resuming():
     take(resumed, *random_batch())
     kept = torch.cat([p.detach().flatten() for p in resumed.ema.module.parameters()])
     assert torch.equal(kept, weights(resumed))  # an average over one step
+
+
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+def record(function, inputs, stream=None):
+    """Stands in for graphs.capture, which needs a GPU: runs nothing before the first replay."""
+    results = []
+
+    def replay():
+        results[:] = function(*inputs)
+
+    return replay, results
+
+
+@pytest.fixture
+def graphed(monkeypatch):
+    """Builds steps that run as a graph would."""
+    monkeypatch.setattr("model.engines.graphs.capture", record)
+
+    def build(**settings):
+        step = build_step(**settings)
+        step._run = step._graphed()
+        return step
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ema": 0.75},
+        {"gclip": 0.01, "split_batch": 2},
+        {"precision": torch.bfloat16},
+        {"precision": torch.float16},
+        {"optimizer": OptimizerSettings("SGD", 1e-4, weight_decay=0.1)},
+    ],
+)
+def test_a_graph_takes_the_same_steps(graphed, settings):
+    states = []
+    for step in (build_step(**settings), graphed(**settings)):
+        for index in range(8):
+            step.set_learning_rate(2.0**-10 if index < 5 else 2.0**-13)  # exact in float32, too
+            lr, hr = random_batch(seed=index)
+            bad = torch.full_like(lr, math.nan) if index == 5 else lr  # a skipped step
+            take(step, bad, hr, tau=1 - index / 10, lambda_=index / 10, noise_seed=index)
+        states.append(step.state())
+    assert states[0]["optimizer"]["param_groups"] == states[1]["optimizer"]["param_groups"]
+    for name in ("model", "ema", "optimizer", "scaler"):
+        assert_identical(states[1][name], states[0][name])
+
+
+def test_a_loss_above_its_limit_is_skipped_in_a_graph_too(graphed):
+    step = graphed()
+    accepted = [bool(take(step, *random_batch(), largest_loss=limit).is_good) for limit in (1e9, 1e9, 1e9, 1e9, 0, 1e9)]
+    assert accepted == [True, True, True, True, False, True]
+
+
+@pytest.mark.parametrize("optimizer", ["ADAM", "SGD", "RMSprop"])
+def test_changes_of_the_weights_are_noticed(graphed, optimizer):
+    step = graphed(ema=0.5, optimizer=OptimizerSettings(optimizer))
+    models = (step.model, step.ema.module)
+    for _ in range(6):
+        versions = [[p._version for p in model.parameters()] for model in models]
+        take(step, *random_batch())
+        for model, before in zip(models, versions, strict=True):
+            assert all(p._version > version for p, version in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"optimizer": OptimizerSettings("RMSprop")}, "RMSprop waits for the device"),
+        ({"loss": "L1+GAN"}, "the loss trains a discriminator"),
+    ],
+)
+def test_what_a_graph_cannot_hold_runs_without_one(graphed, settings, reason, caplog):
+    logger.setLevel("INFO")
+    step = graphed(**settings)
+    assert step._run == step._take
+    assert [record.message for record in caplog.records] == [f"the training step runs without a CUDA graph: {reason}"]
+
+
+def test_a_step_that_cannot_be_captured_goes_on_without_a_graph(graphed, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    logger.setLevel("INFO")
+    monkeypatch.setattr("model.engines.graphs.capture", fail)
+    steps = build_step(), graphed()
+    for index in range(6):
+        for step in steps:
+            take(step, *random_batch(seed=index), noise_seed=index)
+    assert torch.equal(weights(steps[0]), weights(steps[1]))
+    assert [record.message for record in caplog.records] == [
+        "the training step runs without a CUDA graph: operation not permitted when stream is capturing"
+    ]

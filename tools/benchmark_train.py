@@ -16,6 +16,7 @@ of steps run in one process and take turns, after a warm-up; times are medians.
 import argparse
 import copy
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def build_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Cal
         plain = PlainTraining(copy.deepcopy(model).to(device))
         steps["baseline"] = functools.partial(plain.step, lr, hr, tau=TAU, lambda_=LAMBDA)
     lr, hr = (images.contiguous(memory_format=torch.channels_last) for images in (lr, hr))
-    schedule = {"tau": torch.tensor(TAU, device=device), "lambda_": torch.tensor(LAMBDA, device=device)}
+    numbers = {"tau": TAU, "lambda_": LAMBDA, "largest_loss": math.inf}
+    schedule = {name: torch.tensor(value, device=device) for name, value in numbers.items()}
     for precision in args.precision:
         for compiled in (False, True) if args.compile else (False,):
             own = copy.deepcopy(model).to(device, memory_format=torch.channels_last)

@@ -72,3 +72,15 @@ def test_on_a_gpu_changes_are_noticed_without_reading_values(network, change, mo
     assert snapshot.matches()
     change(network)
     assert not snapshot.matches()
+
+
+def test_a_network_is_compiled_again_after_training(tiny):
+    x = torch.rand(1, 3, 6, 6)
+    tiny.eval()
+    tiny(x)
+    engine = tiny._engine
+    tiny(x)
+    assert tiny._engine is engine
+    tiny.train().eval()
+    tiny(x)
+    assert tiny._engine is not engine
