@@ -38,7 +38,7 @@ class Experiment:
 
     options.json              the options it was started with
     log.txt, log.csv          the console log; one row per epoch
-    loss.png, psnr.png, active_share.png, masks.png
+    loss.png, psnr.png, active_share.png, density.png, masks.png
     tensorboard/              the same numbers and images, with --tensorboard
     checkpoint.pt             everything needed to resume
     model/                    only weights: model_latest.pt, model_best.pt, model_<epoch>.pt

@@ -100,6 +100,11 @@ def _summarize(rows: Sequence[dict], costs: Sequence[Cost], scale: int) -> Metri
     }
 
 
+def mask_densities(metrics: Metrics) -> np.ndarray:
+    """The density of each mask on each of N images, (N, K) in 0...1; K is 0 for a network without masks."""
+    return np.array([row["mask_density"] for row in metrics["images"]], dtype=float)
+
+
 def masks_of(cost: Cost) -> np.ndarray:
     """The masks of a single image, bool (K, H, W); K is 0 for a network without masks."""
     return np.array([mask[0, 0].cpu().numpy() for mask in cost.masks])

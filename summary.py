@@ -4,23 +4,57 @@ import csv
 import importlib.util
 import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import distributed
 import visualize
-from utility import InputError, write_whole
+from utility import InputError, logger, write_whole
 
 Row = dict[str, float]  # the numbers of one epoch, by column of log.csv
 
-CURVES = (
-    ("loss.png", "loss", "loss"),
-    ("psnr.png", "PSNR (dB)", "psnr"),
-    ("active_share.png", "active share", "active"),
-)
+# Of each figure the label of its axes, their limits and its curves: which columns, in which panel, under which name.
+CURVES = {
+    "loss.png": ("loss", None, [(r"loss", "", "total"), (r"loss_(.+)", "", r"\1 alone")]),
+    "psnr.png": (
+        "PSNR (dB)",
+        None,
+        [
+            (r"psnr_rgb_(.+?)(_ema)?", r"\1, RGB", r"weights\2"),
+            (r"psnr_y_(.+?)(_ema)?", r"\1, Y", r"weights\2"),
+        ],
+    ),
+    "active_share.png": (
+        "active share",
+        (0, 1),
+        [
+            (r"active", "training, soft masks", "mean"),
+            (r"active_(\d+)", "training, soft masks", r"module \1"),
+            (r"active_share_(.+)", "validation, hard masks", r"\1"),
+        ],
+    ),
+    "density.png": (
+        "mask density",
+        (0, 1),
+        [
+            (r"density_(\d+)", "training, soft masks", r"module \1"),
+            (r"density_(\d+)_(.+)(?<!_ema)", r"\2, hard masks", r"module \1"),
+        ],
+    ),
+}
+
+EMPTY, FULL = 0.01, 0.99  # a mask whose density lies below or above does not select pixels
+PATIENCE = 2  # epochs; in a single one a mask may be empty or full by chance
+ADVICE = {
+    "empty": "restart from weights of an earlier epoch with a lower lambda_sparsity or a longer lambda_warmup, because "
+    "they rarely recover",
+    "full": "raise lambda_sparsity, because they save nothing",
+}
 
 
 class RunningMeans:
@@ -41,11 +75,20 @@ class RunningMeans:
 
     def add(self, names: Sequence[str], values: torch.Tensor, is_good: torch.Tensor) -> None:
         """Add the values (K,) of a step under their names, if it `is_good`, a bool tensor ()."""
+        if self.sums is not None and list(names) != list(self.names):
+            self._rename(names)
         self.names = names
         values = torch.where(is_good, torch.cat([values, values.new_ones(1)]), 0)
         self.sums = values if self.sums is None else self.sums + values
         is_skipped = (~is_good).float()
         self.skipped = torch.stack([self.skipped[0] + is_skipped, (self.skipped[1] + 1) * is_skipped])
+
+    def _rename(self, names):
+        """Continue an epoch whose first steps had other values, in another version or with another loss."""
+        *sums, count = self.sums
+        known = dict(zip(self.names, sums, strict=True))
+        unknown = torch.full_like(count, math.nan)
+        self.sums = torch.stack([*(known.get(name, unknown) for name in names), count])
 
     def means(self) -> Row:
         """The means so far, with "loss" and "active" always among them; nan before the first good step."""
@@ -73,6 +116,35 @@ class RunningMeans:
         self._reported = int(self.skipped[0])
 
 
+class MaskMonitor:
+    """Warns of modules whose mask stays empty, or full, on every validation image, once unless they recover.
+
+    epochs: {"empty" or "full": {module: for how many successive epochs}}
+    """
+
+    def __init__(self):
+        self.epochs: dict[str, dict[int, int]] = {}
+
+    def check(self, epoch: int, densities: np.ndarray, may_be_full: bool = False) -> None:
+        """Log a warning if modules have collapsed.
+
+        Args:
+            epoch: after which the densities were measured
+            densities: of K masks on N images, (N, K) in 0...1
+            may_be_full: while the sparsity loss does not have its full weight
+        """
+        collapsed = {"empty": (densities < EMPTY).all(0), "full": (densities > FULL).all(0) & (not may_be_full)}
+        for state, is_collapsed in collapsed.items():
+            before = self.epochs.get(state, {})
+            self.epochs[state] = {k: before.get(k, 0) + 1 for k in (np.flatnonzero(is_collapsed) + 1).tolist()}
+            modules = [str(k) for k, count in self.epochs[state].items() if count == PATIENCE]
+            if modules:
+                logger.warning(
+                    f"epoch {epoch}: the masks of these modules have been {state} on every validation image for "
+                    f"{PATIENCE} epochs: {', '.join(modules)}; {ADVICE[state]} (docs/training.md)"
+                )
+
+
 def mask_histogram(masks: Sequence[torch.Tensor]) -> Row:
     """K masks m (N, 1, H, W) in 0...1 -> {"mask_0.3": the share of pixels with m from 0.3 to 0.4, ...}."""
     m = torch.cat([mask.flatten().float() for mask in masks])
@@ -88,12 +160,23 @@ def write_history(folder: Path, history: Sequence[Row]) -> None:
     writer.writeheader()
     writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in history)
     write_whole(folder / "log.csv", text.getvalue().encode())
-    for file, label, prefix in CURVES:
-        drawn = [key for key in columns if key.startswith(prefix)]
-        write_whole(folder / file, visualize.curves(history, drawn, label))
+    for file, (label, limits, curves) in CURVES.items():
+        panels = _find_curves(columns, curves)
+        if panels:
+            write_whole(folder / file, visualize.curves(history, panels, label, limits))
     bins = [key for key in columns if key.startswith("mask_")]
     if bins:
         write_whole(folder / "masks.png", visualize.mask_curves(history, bins))
+
+
+def _find_curves(columns: Iterable[str], curves: Iterable[tuple[str, str, str]]) -> dict[str, dict[str, str]]:
+    """{panel: {name of a curve: its column}} of the columns that match the (pattern, panel, name) of `curves`."""
+    panels = {}
+    for pattern, *templates in curves:
+        for match in filter(None, (re.fullmatch(pattern, column) for column in columns)):
+            panel, name = (match.expand(template).replace("_ema", ", averaged") for template in templates)
+            panels.setdefault(panel, {})[name] = match[0]
+    return panels
 
 
 def check_tensorboard() -> None:

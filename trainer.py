@@ -15,10 +15,10 @@ from tqdm import tqdm
 import distributed
 from checkpoint import Experiment
 from data.srdata import PatchLoader, WholeImages
-from evaluation import evaluate, headline
+from evaluation import evaluate, headline, mask_densities
 from model.inference import build_predictor
 from recovery import report_failures, resume_hint, stop_on_interrupt
-from summary import Row, RunningMeans, TensorBoard, mask_histogram, write_history
+from summary import MaskMonitor, Row, RunningMeans, TensorBoard, mask_histogram, write_history
 from training_step import TrainingStep
 from utility import InputError, logger, peak_memory, synchronize
 
@@ -110,6 +110,7 @@ class Trainer:
         self.epoch, self.step = 1, 0  # the epoch in progress and how many of its steps are done
         self.means = RunningMeans(self.model.device)
         self.seconds, self.mask_histogram = 0.0, {}  # of the epoch in progress; of its last step
+        self.mask_monitor = MaskMonitor()
 
     def fit(self, epochs: int) -> bool:
         """Train up to and including the epoch `epochs`. Returns False if the run was stopped before.
@@ -237,18 +238,26 @@ class Trainer:
         return [("", self.model)] + ([("_ema", ema.module)] if ema else [])
 
     def _evaluate(self):
-        """The columns of log.csv that the test sets fill."""
-        row = {}
+        """The columns of log.csv that the test sets fill. Warns of masks that stay empty or full on all of them."""
+        row, densities = {}, []
         for images, (suffix, model) in itertools.product(self.test_sets, self._networks()):
             metrics = evaluate(model, images, build_predictor(model), warm_up=False)
             psnr_name, psnr_mean = headline(metrics)
             row[f"{psnr_name}_{images.name}{suffix}"] = psnr_mean
             row[f"ssim_y_{images.name}{suffix}"] = metrics["ssim_y"]
             row[f"active_share_{images.name}{suffix}"] = metrics["active_share"]
+            of_images = mask_densities(metrics)
+            for k, density in enumerate(of_images.mean(0).tolist()):
+                row[f"density_{k + 1}_{images.name}{suffix}"] = density
+            if model is self.model:
+                densities.append(of_images)
             logger.info(
                 f"  {images.name} x{images.scale}{suffix.replace('_', ', ')}: {psnr_name} {psnr_mean:.3f} dB, "
                 f"ssim_y {metrics['ssim_y']:.4f}, active share {metrics['active_share']:.3f}"
             )
+        _, _, lambda_ = self.schedules.at(self.epoch)
+        is_warmed_up = lambda_ == self.schedules.lambda_sparsity > 0
+        self.mask_monitor.check(self.epoch, np.concatenate(densities), may_be_full=not is_warmed_up)
         return row
 
     def _save_weights(self, suffix, model):
@@ -277,6 +286,7 @@ class Trainer:
             **self.means.state(),
             "seconds": self.seconds,
             "mask_histogram": self.mask_histogram,
+            "collapsed_masks": self.mask_monitor.epochs,
             "history": self.history,
         }
 
@@ -289,6 +299,7 @@ class Trainer:
         self.means.load_state(state)
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
         self.seconds, self.mask_histogram = state["seconds"], state["mask_histogram"]
+        self.mask_monitor.epochs = state.get("collapsed_masks", {})  # version 0.1.0 did not count them
 
 
 def dry_run(trainer: Trainer, epochs: int) -> list[str]:

@@ -65,7 +65,7 @@ class StepSettings:
 class StepResult:
     """What a step reports, on the device. The next step may overwrite it.
 
-    names    of the K values: "loss", "loss_<term>" ..., "active_<module>" ..., "grad_norm"
+    names    of the K values: "loss", "loss_<term>" ..., "active_<module>" ..., "density_<module>" ..., "grad_norm"
     values   (K,)
     is_good  bool (): the gradient was finite, so the step was not skipped
     masks    soft spatial masks m (N, 1, H, W) of the modules, from the last part of the batch
@@ -185,17 +185,18 @@ class TrainingStep:
                 with torch.autocast(self.model.device.type, precision, enabled=precision != torch.float32):
                     sr, masks = self.forward(lr, tau)
                 loss, losses = self.criterion(sr.float(), hr)
-                active = active_shares(masks) if masks else loss.new_ones(1)
+                densities = [m.float().mean() for m, _ in masks]
+                active = active_shares(densities, [c for _, c in masks]) if masks else loss.new_ones(1)
                 if masks:
                     loss = loss + lambda_ * active.mean()
+                values = values + torch.stack([loss, *losses.values(), *active, *densities]).detach() * share
                 loss = loss * share
-                terms = [term * share for term in losses.values()]
-                values = values + torch.stack([loss, *terms, *active * share]).detach()
                 if is_last:  # a gradient of NaN makes the optimizer skip the step; a loss of NaN is not accepted
                     is_accepted = values[0].isfinite() & (values[0] <= largest_loss)
                     loss = loss * torch.where(is_accepted, 1.0, math.nan)
                 self.scaler.scale(loss).backward()
         names = ["loss", *(f"loss_{name}" for name in losses), *(f"active_{k + 1}" for k in range(len(active)))]
+        names += [f"density_{k + 1}" for k in range(len(masks))]
         return names, values, [m.detach() for m, _ in masks]
 
     def _without_gradient_exchange(self):

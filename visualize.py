@@ -4,12 +4,12 @@ Images are uint8 arrays (H, W, 3) unless stated otherwise; figures are returned 
 """
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # pyplot would look for a window system
 from matplotlib.patches import Rectangle
 
@@ -103,21 +103,45 @@ def comparison(image: np.ndarray, crop: tuple[int, int, int, int], panels: Seque
 # ---- training curves -------------------------------------------------------------------------------------------------
 
 
-def curves(history: Sequence[Mapping[str, float]], columns: Sequence[str], label: str) -> bytes:
+# Okabe and Ito's colors, which the color-blind tell apart. The line styles repeat with another period.
+COLORS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+LINE_STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+
+
+def curves(
+    history: Sequence[Mapping[str, float]],
+    panels: Mapping[str, Mapping[str, str]],
+    label: str,
+    limits: tuple[float, float] | None = None,
+) -> bytes:
     """A figure of columns of a history against the epoch. Missing and non-finite values are skipped.
 
     Args:
         history: one {column: value} per epoch, with the column "epoch"
-        columns: columns to draw, one curve each
-        label: label of the y axis
+        panels: {title: {name of a curve: its column}}, drawn one below the other
+        label: label of the y axes
+        limits: lower and upper end of the y axes, with a margin; None: as the values ask for
     """
-    figure, axes = _epoch_figure(label)
-    for column in columns:
-        points = [(row["epoch"], row[column]) for row in history if math.isfinite(row.get(column, math.nan))]
-        axes.plot(*zip(*points, strict=True) if points else ((), ()), marker=".", label=column)
-    axes.grid(alpha=0.3)
-    if len(columns) > 1:
-        axes.legend()
+    figure = Figure(figsize=(7, 1.2 + 2.4 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (title, columns) in zip(grid, panels.items(), strict=True):
+        for index, (name, column) in enumerate(columns.items()):
+            points = [(row["epoch"], row[column]) for row in history if math.isfinite(row.get(column, math.nan))]
+            axes.plot(
+                *zip(*points, strict=True) if points else ((), ()),
+                color=COLORS[index % len(COLORS)],
+                linestyle=LINE_STYLES[index % len(LINE_STYLES)],
+                marker="." if len(points) == 1 else "",  # a single point makes no line
+                label=name,
+            )
+        axes.set(title=title, ylabel=label)
+        if limits:
+            margin = 0.03 * (limits[1] - limits[0])
+            axes.set_ylim(limits[0] - margin, limits[1] + margin)
+        axes.grid(alpha=0.3)
+        if len(columns) > 1:
+            axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    grid[-1].set_xlabel("epoch")
     return to_png(figure)
 
 
@@ -130,18 +154,16 @@ def mask_curves(history: Sequence[Mapping[str, float]], bins: Sequence[str]) -> 
         history: one {column: value} per epoch; rows without the bins are skipped
         bins: columns of the history, from the lowest values of m to the highest; each holds a share of the pixels
     """
-    figure, axes = _epoch_figure("share of pixels per mask value m")
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel="share of pixels")
     rows = [row for row in history if bins[0] in row]
     shares = [[row[column] for row in rows] for column in bins]
     colors = [str(0.1 + 0.8 * index / (len(bins) - 1)) for index in range(len(bins))]
-    axes.stackplot([row["epoch"] for row in rows], shares, labels=bins, colors=colors)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    edges = [index / len(bins) for index in range(len(bins) + 1)]
+    labels = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)]
+    axes.stackplot([row["epoch"] for row in rows], shares, labels=labels, colors=colors)
+    axes.legend(title="mask value", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     return to_png(figure)
-
-
-def _epoch_figure(label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    return figure, figure.add_subplot(xlabel="epoch", ylabel=label)
 
 
 def to_png(figure: Figure, dpi: int = 120) -> bytes:

@@ -65,6 +65,21 @@ def test_two_processes_train_as_one(folder):
         assert float(ours["psnr_y_Tiny2"]) == pytest.approx(float(theirs["psnr_y_Tiny2"]), abs=0.01)
 
 
+def test_two_processes_report_the_mask_densities_of_one(folder):
+    line = f"{TRAIN} --n_feats 8 --n_blocks 2 --n_layers 2 --lr 1e-12 --epochs 1"  # too low to change a weight
+    assert main(line.split()) == 0
+    shutil.move("experiment/run", "experiment/one")
+    done = run_in_two_processes(line)
+    assert done.returncode == 0, done.stderr
+    (one,), (two,) = columns("one"), columns("run")
+    densities = {column for column in one if column.startswith("density_")}
+    assert len(densities) == 2 * 3  # two modules, in training and on two sets
+    for column in densities - {"density_1", "density_2"}:
+        assert two[column] == one[column]
+    for column in ("density_1", "density_2"):  # the noise differs
+        assert float(two[column]) == pytest.approx(float(one[column]), abs=0.05)
+
+
 def test_two_processes_test_as_one(folder, tiny):
     torch.save(tiny.state_dict(), "weights.pt")
     line = "--dir_data data --data_test Tiny2 --pre_train weights.pt --test_only --save_results --cpu --save"

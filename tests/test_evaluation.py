@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data import DataSettings, build_test_sets
-from evaluation import compare, evaluate, headline, macs_at_1280x720, masks_of, table
+from evaluation import compare, evaluate, headline, macs_at_1280x720, mask_densities, masks_of, table
 from metrics import psnr
 from model.inference import build_predictor
 from model.network import Cost
@@ -37,6 +37,7 @@ def test_evaluate_reports_as_documented(make_set, tiny):
     assert set(row) == {"name", "lr_shape", "psnr_y", "ssim_y", "seconds", "mask_density", "active_share"}
     assert row["lr_shape"] == [20, 24]
     assert len(row["mask_density"]) == 2
+    assert mask_densities(metrics).tolist() == [row["mask_density"] for row in metrics["images"]]
     assert metrics["psnr_y"] == pytest.approx(np.mean([row["psnr_y"] for row in metrics["images"]]))
     _, lr, hr = images[1]
     x = torch.from_numpy(lr).permute(2, 0, 1)[None].float()
@@ -138,4 +139,5 @@ def test_multiply_adds_are_scaled_to_an_output_of_1280x720():
 
 
 def test_masks_of_a_network_without_masks():
+    assert mask_densities({"images": [{"mask_density": []}] * 3}).shape == (3, 0)
     assert len(masks_of(Cost(pixels=1, macs=1, macs_dense=1, macs_run=1))) == 0

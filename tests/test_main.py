@@ -279,6 +279,8 @@ def test_edsr_trains_too(folder):
     run(TRAIN.replace("--n_blocks 2 --n_layers 2", "--model EDSR --n_resblocks 1") + " --epochs 1")
     (row,) = read_history("run")
     assert row["active"] == row["active_share_Tiny"] == "1"
+    assert not any("density" in column for column in row)
+    assert not Path("experiment/run/density.png").exists()
 
 
 # Mistakes, and the beginning of the line that is printed for each: it names a flag or a file.
@@ -694,11 +696,16 @@ def test_the_checkpoint_of_an_old_run_is_what_is_to_be_tested():
 
 
 def test_an_old_run_can_be_finished(old_run):
-    finished_epochs, options = (old_run / "log.csv").read_text(), read_options(OLD_NAME)["options"]
+    finished_epochs, options = read_history(OLD_NAME), read_options(OLD_NAME)["options"]
     assert run(f"--load {OLD_NAME}") == 0
-    assert (old_run / "log.csv").read_text().startswith(finished_epochs)
     history = {row["epoch"]: row for row in read_history(OLD_NAME)}
     assert list(history) == ["1", "2", "3"]
+    densities = dict.fromkeys([column for column in history["1"] if column.startswith("density_")], "")  # unknown then
+    assert history["1"] == finished_epochs[0] | densities
+    assert history["2"]["density_1"] == "nan"  # that version took the first steps of this epoch
+    for column in densities.keys() - {"density_1", "density_2"}:
+        assert 0 <= float(history["2"][column]) <= 1
+    assert 0 < float(history["3"]["density_1"]) < 1
     assert [row["skipped"] for row in history.values()] == ["0", "1", "0"]
     for epoch, numbers in OLD_EPOCHS.items():
         assert [float(history[epoch][column]) for column in OLD_COLUMNS] == pytest.approx(numbers, rel=0.01)

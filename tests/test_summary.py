@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 
 import summary
 from data import DataSettings, build_test_sets
-from summary import RunningMeans, TensorBoard, check_tensorboard, mask_histogram, write_history
+from summary import MaskMonitor, RunningMeans, TensorBoard, check_tensorboard, mask_histogram, write_history
 from utility import InputError
 
 # ---- running means ---------------------------------------------------------------------------------------------------
 
-NAMES = ["loss", "loss_L1", "active_1", "active_2", "grad_norm"]
+NAMES = ["loss", "loss_L1", "active_1", "active_2", "density_1", "grad_norm"]
 CPU = torch.device("cpu")
 
 numbers = st.floats(-1000, 1000, width=32)
-good_steps = st.tuples(st.lists(numbers, min_size=5, max_size=5), st.just(True))
+good_steps = st.tuples(st.lists(numbers, min_size=6, max_size=6), st.just(True))
 skipped_steps = st.tuples(
-    st.lists(numbers | st.sampled_from([math.nan, math.inf, -math.inf]), min_size=5, max_size=5), st.just(False)
+    st.lists(numbers | st.sampled_from([math.nan, math.inf, -math.inf]), min_size=6, max_size=6), st.just(False)
 )
 epochs = st.lists(good_steps | skipped_steps, max_size=12)
 
@@ -144,6 +144,68 @@ def test_a_network_without_masks_has_one_active_share():
     assert means.means() == {"loss": 2.0, "active_1": 1.0, "grad_norm": 0.5, "active": 1.0}
 
 
+@given(epochs.filter(bool), epochs.filter(bool))
+def test_a_value_that_only_some_steps_of_an_epoch_have_is_unknown(first, second):
+    """As after an update in the middle of an epoch, or with another loss."""
+    means, together = RunningMeans(CPU), RunningMeans(CPU)
+    for values, is_good in first:
+        means.add(["removed", *NAMES[:4], NAMES[5]], torch.tensor([1.0, *values[:4], values[5]]), torch.tensor(is_good))
+    add(means, second)
+    add(together, first + second)
+    expected, found = together.means(), means.means()
+    assert list(found) == list(expected)
+    assert math.isnan(found.pop("density_1"))
+    del expected["density_1"]
+    assert repr(found) == repr(expected)
+
+
+# ---- masks that collapse ---------------------------------------------------------------------------------------------
+
+
+def warnings_of(caplog, monitor, epochs, **options):
+    """What a monitor logs about epochs, each given as the densities (N, K)."""
+    caplog.clear()
+    for epoch, densities in enumerate(epochs, 1):
+        monitor.check(epoch, np.array(densities), **options)
+    return [record.getMessage() for record in caplog.records]
+
+
+ALIVE, COLLAPSED = [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]], [[0.009, 0.5, 0.0], [0.0, 0.02, 0.0]]
+
+
+def test_masks_that_stay_empty_are_reported_once(caplog):
+    (line,) = warnings_of(caplog, MaskMonitor(), [ALIVE, *[COLLAPSED] * 5])
+    assert line.startswith(
+        "epoch 3: the masks of these modules have been empty on every validation image for 2 epochs: 1, 3; "
+    )
+    assert "a lower lambda_sparsity or a longer lambda_warmup" in line
+    assert line.endswith("(docs/training.md)")
+
+
+def test_masks_that_recover_are_not_reported(caplog):
+    assert warnings_of(caplog, MaskMonitor(), [COLLAPSED, ALIVE] * 3) == []
+    assert len(warnings_of(caplog, MaskMonitor(), [COLLAPSED, COLLAPSED, ALIVE] * 2)) == 2  # each collapse is
+
+
+def test_one_image_with_another_density_is_enough(caplog):
+    assert warnings_of(caplog, MaskMonitor(), [[[0.0], [0.011]]] * 3) == []
+    assert warnings_of(caplog, MaskMonitor(), [[[1.0], [0.989]]] * 3) == []
+
+
+def test_full_masks_are_reported_unless_they_may_be_full(caplog):
+    full = [[[1.0, 0.5], [0.991, 1.0]]] * 4
+    (line,) = warnings_of(caplog, MaskMonitor(), full)
+    assert line.startswith("epoch 2: the masks of these modules have been full on every validation image")
+    assert ": 1; raise lambda_sparsity" in line
+    monitor = MaskMonitor()
+    assert warnings_of(caplog, monitor, full, may_be_full=True) == []
+    assert len(warnings_of(caplog, monitor, full)) == 1
+
+
+def test_networks_without_masks_have_none_that_collapse(caplog):
+    assert warnings_of(caplog, MaskMonitor(), [[[], []]] * 3) == []
+
+
 # ---- histogram, log.csv and curves -----------------------------------------------------------------------------------
 
 
@@ -170,6 +232,43 @@ def test_history_is_written_as_a_table_and_as_curves(tmp_path):
     assert not (tmp_path / "masks.png").exists()
     write_history(tmp_path, [row | mask_histogram([torch.rand(1, 1, 4, 4)]) for row in history])
     assert (tmp_path / "masks.png").stat().st_size > 1000
+    assert not (tmp_path / "density.png").exists()
+    write_history(tmp_path, [history[0], history[1] | {"density_1": 0.5, "density_1_Set5": 0.4}])  # of a resumed run
+    assert (tmp_path / "density.png").stat().st_size > 1000
+
+
+def test_each_figure_draws_its_columns_under_readable_names(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "visualize.curves", lambda history, panels, label, limits: drawn.update({label: panels}) or b"picture"
+    )
+    columns = ["epoch", "loss", "loss_L1", "active", "active_1", "density_1", "density_2"]
+    for name, kind in (("A_1", "rgb"), ("Set5", "y")):
+        for suffix in ("", "_ema"):
+            columns += [f"psnr_{kind}_{name}{suffix}", f"ssim_y_{name}{suffix}", f"active_share_{name}{suffix}"]
+            columns += [f"density_1_{name}{suffix}", f"density_2_{name}{suffix}"]
+    write_history(tmp_path, [dict.fromkeys(columns, 0.5)])
+    assert drawn == {
+        "loss": {"": {"total": "loss", "L1 alone": "loss_L1"}},
+        "PSNR (dB)": {
+            "A_1, RGB": {"weights": "psnr_rgb_A_1", "weights, averaged": "psnr_rgb_A_1_ema"},
+            "Set5, Y": {"weights": "psnr_y_Set5", "weights, averaged": "psnr_y_Set5_ema"},
+        },
+        "active share": {
+            "training, soft masks": {"mean": "active", "module 1": "active_1"},
+            "validation, hard masks": {
+                "A_1": "active_share_A_1",
+                "A_1, averaged": "active_share_A_1_ema",
+                "Set5": "active_share_Set5",
+                "Set5, averaged": "active_share_Set5_ema",
+            },
+        },
+        "mask density": {
+            "training, soft masks": {"module 1": "density_1", "module 2": "density_2"},
+            "A_1, hard masks": {"module 1": "density_1_A_1", "module 2": "density_2_A_1"},
+            "Set5, hard masks": {"module 1": "density_1_Set5", "module 2": "density_2_Set5"},
+        },
+    }
 
 
 # ---- TensorBoard -----------------------------------------------------------------------------------------------------
@@ -188,10 +287,11 @@ def test_tensorboard_gets_the_numbers_of_each_epoch_and_images_of_some(tmp_path,
     (images,) = build_test_sets(["Tiny"], DataSettings(str(make_set(count=1))))
     board = TensorBoard(tmp_path, images_every=2)
     for epoch in (1, 2, 3):
-        board.write({"epoch": epoch, "loss": 1 / epoch, "psnr_y_Tiny": 30.0 + epoch}, tiny, images)
+        row = {"epoch": epoch, "loss": 1 / epoch, "density_2_Tiny": 0.5, "psnr_y_Tiny": 30.0 + epoch}
+        board.write(row, tiny, images)
     board.writer.close()
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0}).Reload()
-    assert sorted(events.Tags()["scalars"]) == ["loss", "psnr/y_Tiny"]
+    assert sorted(events.Tags()["scalars"]) == ["density/2_Tiny", "loss", "psnr/y_Tiny"]
     assert [(event.step, event.value) for event in events.Scalars("psnr/y_Tiny")] == [(1, 31), (2, 32), (3, 33)]
     assert sorted(events.Tags()["images"]) == [f"img0/{title}" for title in ("HR", "LR", "SR", "mask 1", "mask 2")]
     written = {title: events.Images(f"img0/{title}") for title in ("HR", "LR", "SR", "mask 1")}

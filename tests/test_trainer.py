@@ -265,6 +265,7 @@ def test_a_checkpoint_has_the_entries_of_version_0_1_0(build):
     assert state.keys() == {
         *("model", "ema", "optimizer", "optimizer_name", "scaler", "criterion", "epoch", "step"),
         *("names", "sums", "bad", "seconds", "mask_histogram", "history"),
+        "collapsed_masks",  # it ignored entries that it did not know
     }
     assert (state["epoch"], state["step"], state["optimizer_name"]) == (2, 0, "Adam")
     assert (state["sums"], state["bad"].tolist(), state["seconds"], state["mask_histogram"]) == (None, [0, 0], 0, {})
@@ -272,24 +273,25 @@ def test_a_checkpoint_has_the_entries_of_version_0_1_0(build):
     trainer = build("stopped", deadline=0.0)
     trainer.fit(1)
     state = trainer.experiment.load_checkpoint()
-    assert state["names"] == ["loss", "loss_L1", "active_1", "active_2", "grad_norm"]
-    assert state["sums"].shape == (6,)  # of the named values, and the number of good steps
+    assert state["names"] == ["loss", "loss_L1", "active_1", "active_2", "density_1", "density_2", "grad_norm"]
+    assert state["sums"].shape == (8,)  # of the named values, and the number of good steps
     assert state["sums"][-1] == 1
 
 
 def test_a_run_of_version_0_1_0_resumes(build):
-    """It wrote no settings of the network into a checkpoint."""
+    """It wrote no settings of the network into a checkpoint, and no densities of the masks."""
     whole = build("whole", ema=0.5, rgb_range=1)
     whole.fit(2)
     old = build("old", ema=0.5, rgb_range=1)
     old.fit(1)
     state = old.experiment.load_checkpoint()
-    del state["model"]["rgb_range"], state["ema"]["module.rgb_range"]
+    del state["model"]["rgb_range"], state["ema"]["module.rgb_range"], state["collapsed_masks"]
+    state["history"] = [{key: row[key] for key in row if not key.startswith("density")} for row in state["history"]]
     old.experiment.save_checkpoint(state)
     other = resume(build, name="old", ema=0.5, rgb_range=1)
     other.fit(2)
     assert torch.equal(weights(other), weights(whole))
-    assert without_seconds(other.history) == without_seconds(whole.history)
+    assert without_seconds(other.history[1:]) == without_seconds(whole.history[1:])
     assert "module.rgb_range" in other.experiment.load_checkpoint()["ema"]
 
 
@@ -315,7 +317,7 @@ def test_the_files_and_numbers_of_a_run(build):
     folder = trainer.experiment.folder
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {
-        *("checkpoint.pt", "log.csv", "loss.png", "psnr.png", "active_share.png", "masks.png"),
+        *("checkpoint.pt", "log.csv", "loss.png", "psnr.png", "active_share.png", "density.png", "masks.png"),
         *(f"model/model_{which}.pt" for which in ("best", "latest", 1, 2)),
     }
     assert [row["epoch"] for row in trainer.history] == [1, 2]
@@ -334,9 +336,10 @@ def test_the_columns_of_the_log_keep_their_order(build):
     trainer.fit(1)
     header = (trainer.experiment.folder / "log.csv").read_text().splitlines()[0].split(",")
     assert header == [
-        *("epoch", "lr", "tau", "lambda", "loss", "loss_L1", "active_1", "active_2", "grad_norm", "active"),
-        *("skipped", "seconds", "psnr_rgb_Tiny", "ssim_y_Tiny", "active_share_Tiny"),
-        *("psnr_rgb_Tiny_ema", "ssim_y_Tiny_ema", "active_share_Tiny_ema"),
+        *("epoch", "lr", "tau", "lambda", "loss", "loss_L1", "active_1", "active_2", "density_1", "density_2"),
+        *("grad_norm", "active", "skipped", "seconds"),
+        *("psnr_rgb_Tiny", "ssim_y_Tiny", "active_share_Tiny", "density_1_Tiny", "density_2_Tiny"),
+        *("psnr_rgb_Tiny_ema", "ssim_y_Tiny_ema", "active_share_Tiny_ema", "density_1_Tiny_ema", "density_2_Tiny_ema"),
         *(f"mask_{index / 10}" for index in range(10)),
     ]
 
@@ -354,6 +357,62 @@ def test_an_epoch_reports_the_means_of_its_steps(build):
         masks = torch.cat([m.flatten() for m in results[first + STEPS - 1].masks])
         histogram = torch.histc(masks, bins=10, min=0, max=1) / len(masks)
         assert [row[f"mask_{index / 10}"] for index in range(10)] == pytest.approx(histogram.tolist())
+
+
+def test_an_epoch_reports_the_mask_densities_of_the_test_sets(build):
+    trainer = build(ema=0.9)
+    trainer.fit(1)
+    for suffix, model in (("", trainer.model), ("_ema", trainer.training_step.ema.module)):
+        (images,) = trainer.test_sets
+        densities = [model.eval().inference(model.to_input(lr[None]))[1].mask_density for _, lr, _ in images]
+        columns = [trainer.history[0][f"density_{k}_Tiny{suffix}"] for k in (1, 2)]
+        assert columns == pytest.approx(torch.tensor(densities).mean(0).tolist())
+
+
+def force_mask(trainer, k, logit):
+    """Make the spatial mask of module k (from 1) full for a large `logit`, empty for a negative one."""
+    branch = trainer.model.blocks[k - 1].spatial_mask.logits
+    branch.weight.data.zero_()
+    branch.bias.data.copy_(torch.tensor([-logit, logit]))
+
+
+def collapses(caplog):
+    return [record.getMessage() for record in caplog.records if "the masks of" in record.getMessage()]
+
+
+def test_a_module_whose_mask_stays_empty_is_reported_once(build, caplog):
+    trainer = build()
+    force_mask(trainer, 2, -1e3)
+    trainer.fit(1)
+    assert collapses(caplog) == []
+    other = resume(build)
+    other.fit(3)
+    (line,) = collapses(caplog)
+    assert line.startswith("epoch 2: the masks of these modules have been empty on every validation image")
+    assert ": 2; restart from" in line
+    resume(build).fit(4)
+    assert collapses(caplog) == [line]
+    assert trainer.history[0]["density_2"] == trainer.history[0]["density_2_Tiny"] == 0
+
+
+def test_a_module_whose_mask_stays_full_is_reported_after_the_warm_up(build, caplog):
+    trainer = build()
+    for k in (1, 2):
+        force_mask(trainer, k, 1e3)
+    trainer.fit(3)  # lambda reaches its maximum in epoch 3
+    assert collapses(caplog) == []
+    trainer.fit(5)
+    (line,) = collapses(caplog)
+    assert line.startswith("epoch 4: the masks of these modules have been full on every validation image")
+    assert ": 1, 2; raise" in line
+
+
+def test_full_masks_are_expected_without_a_sparsity_loss(build, caplog):
+    trainer = build()
+    trainer.schedules = Schedules(lr=1e-3, lambda_sparsity=0)
+    force_mask(trainer, 1, 1e3)
+    trainer.fit(3)
+    assert collapses(caplog) == []
 
 
 def test_the_seconds_of_an_epoch_include_the_wait_for_the_device(build):

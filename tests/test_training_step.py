@@ -119,7 +119,7 @@ def test_steps_equal_plain_autograd(name):
         optimizer.zero_grad()
         loss.backward()
         norm = torch.stack([(p.grad**2).sum() for p in plain.parameters()]).sum().sqrt()
-        expected = torch.stack([loss, l1, mse, *active, norm])
+        expected = torch.stack([loss, l1, mse, *active, *(m.mean() for m, _ in masks), norm])
         torch.testing.assert_close(result.values, expected.detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close([*result.masks], [m.detach() for m, _ in masks], rtol=1e-4, atol=1e-5)
         for ours, theirs in zip(step.model.parameters(), plain.parameters(), strict=True):
@@ -133,7 +133,9 @@ def test_steps_equal_plain_autograd(name):
 def test_a_result_names_its_values():
     result = take(build_step("L1+0.1*MSE"), *random_batch())
     assert isinstance(result, StepResult)
-    assert result.names == ["loss", "loss_L1", "loss_MSE", "active_1", "active_2", "grad_norm"]
+    assert result.names == [
+        *("loss", "loss_L1", "loss_MSE", "active_1", "active_2", "density_1", "density_2", "grad_norm")
+    ]
     assert result.values.shape == (len(result.names),)
     assert result.values.dtype == torch.float32
     assert result.values.isfinite().all()

@@ -1,4 +1,5 @@
 import io
+import math
 
 import imageio.v3 as iio
 import numpy as np
@@ -22,6 +23,38 @@ def test_density_map_ranges_from_black_to_yellow():
     assert none.sum() < 10
     assert full.sum() > half.sum() > none.sum()
     assert full.argmin() == 2  # blue is the weakest channel of yellow
+
+
+def draw_curves(monkeypatch, *args, **options):
+    """The axes of the figure that `visualize.curves` renders."""
+    figures, render = [], visualize.to_png
+    monkeypatch.setattr(visualize, "to_png", lambda figure: figures.append(figure) or render(figure))
+    assert iio.imread(io.BytesIO(visualize.curves(*args, **options))).ndim == 3
+    return figures[0].axes
+
+
+def test_curves_are_drawn_in_panels_and_told_apart_without_color(monkeypatch):
+    history = [{"epoch": epoch, **{f"density_{k}": k / 10 for k in range(1, 6)}} for epoch in (1, 2, 3)]
+    panels = {title: {f"module {k}": f"density_{k}" for k in range(1, 6)} for title in ("training", "Set5")}
+    axes = draw_curves(monkeypatch, history, panels, "mask density", limits=(0, 1))
+    assert [panel.get_title() for panel in axes] == ["training", "Set5"]
+    for panel in axes:
+        lines = panel.get_lines()
+        assert len({line.get_color() for line in lines}) == 5
+        assert len({str(line._dash_pattern) for line in lines}) == 5  # matplotlib has no other way to read it
+        assert [line.get_ydata().tolist() for line in lines] == [[k / 10] * 3 for k in range(1, 6)]
+        legend = panel.get_legend()
+        assert [text.get_text() for text in legend.get_texts()] == list(panels["Set5"])
+        assert legend.get_window_extent().x0 >= panel.get_window_extent().x1  # beside the curves
+        low, high = panel.get_ylim()
+        assert low < 0 < 1 < high  # a curve at 0 or 1 is not hidden by the frame
+
+
+def test_curves_skip_missing_and_non_finite_values(monkeypatch):
+    history = [{"epoch": 1}, {"epoch": 2, "a": math.nan, "b": 2.0}, {"epoch": 3, "a": 1.0}, {"epoch": 4, "a": 3.0}]
+    (axes,) = draw_curves(monkeypatch, history, {"": {"a": "a", "b": "b", "c": "c"}}, "value")
+    assert [line.get_xdata().tolist() for line in axes.get_lines()] == [[3, 4], [2], []]
+    assert [line.get_marker() for line in axes.get_lines()] == ["", ".", ""]  # one point makes no line
 
 
 def test_sheets_of_any_size_are_pngs():

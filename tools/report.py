@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import find_set
 from data.image import read_image
 from data.resize import upscale
+from evaluation import mask_densities
 from option import Parser, count, positive_int
 from utility import InputError, run_program, write_whole
 
@@ -143,7 +144,11 @@ def heading(title: str) -> Section:
 
 
 def table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] | None = None, kind: str = ""
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    classes: Sequence[str] | None = None,
+    kind: str = "",
+    footer: Sequence[str] = (),
 ) -> Section:
     """A table.
 
@@ -152,17 +157,21 @@ def table(
         rows: one string per column
         classes: CSS class of each row
         kind: CSS class of the table: "sortable" or "options"
+        footer: a last row that stays in place when the table is sorted; empty: none
     """
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join(
-        f'<tr class="{name}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row, name in zip(rows, classes or [""] * len(rows), strict=True)
-    )
-    lines = [columns, ["---"] * len(columns), *rows]
+    body = "".join(_row(row, name) for row, name in zip(rows, classes or [""] * len(rows), strict=True))
+    foot = _row(footer) if footer else ""
+    lines = [columns, ["---"] * len(columns), *rows, *([footer] if footer else [])]
     return Section(
-        f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
+        f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
+        f"<tfoot>{foot}</tfoot></table></div>",
         "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines),
     )
+
+
+def _row(cells: Sequence[str], name: str = "") -> str:
+    return f'<tr class="{name}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -214,17 +223,18 @@ def _run_row(results: Sequence[Result], sets: Iterable[str]) -> list[str]:
 
 
 def _image_table(result: Result) -> Section:
-    images = result.metrics["images"]
-    masks = [f"mask {k + 1}" for k in range(len(images[0]["mask_density"]))]
-    columns = ["image", "LR size", "PSNR", "SSIM", "active share", "s", *masks]
-    return table(columns, [_image_row(image) for image in images], kind="sortable")
+    metrics, images = result.metrics, result.metrics["images"]
+    densities = mask_densities(metrics).mean(0)
+    columns = ["image", "LR size", "PSNR", "SSIM", "active share", "s"]
+    columns += [f"density {k + 1}" for k in range(len(densities))]
+    rows = [_image_row(image["name"], "{}x{}".format(*image["lr_shape"]), image) for image in images]
+    means = metrics | {"seconds": metrics["seconds_per_image"], "mask_density": densities}
+    return table(columns, rows, kind="sortable", footer=_image_row("mean", "", means))
 
 
-def _image_row(image: dict[str, Any]) -> list[str]:
-    height, width = image["lr_shape"]
-    numbers = [_format(image["psnr_y"], ".2f"), _format(image["ssim_y"], ".4f"), f"{image['active_share']:.3f}"]
-    densities = [f"{density:.2f}" for density in image["mask_density"]]
-    return [image["name"], f"{height}x{width}", *numbers, f"{image['seconds']:.3f}", *densities]
+def _image_row(name: str, size: str, values: dict[str, Any]) -> list[str]:
+    numbers = [_format(values["psnr_y"], ".2f"), _format(values["ssim_y"], ".4f"), f"{values['active_share']:.3f}"]
+    return [name, size, *numbers, f"{values['seconds']:.3f}", *(f"{density:.2f}" for density in values["mask_density"])]
 
 
 def _number(value: float | str | None, default: float) -> float:
@@ -246,7 +256,7 @@ def _quality(psnr: float | str | None, ssim: float | str | None) -> str:
 def curves(runs: Iterable[Path]) -> Iterator[Section]:
     """The training curves of the runs that have any."""
     for run in runs:
-        files = [run / name for name in ("psnr.png", "active_share.png", "loss.png", "masks.png")]
+        files = [run / name for name in ("psnr.png", "active_share.png", "density.png", "loss.png", "masks.png")]
         files = [path for path in files if path.is_file()]
         if files:
             figures = "".join(_figure(f"data:image/png;base64,{_base64(path.read_bytes())}", "") for path in files)

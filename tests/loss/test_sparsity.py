@@ -10,10 +10,11 @@ def test_shares_equal_the_mean_over_layers_channels_and_pixels():
         for layer in range(6):
             m_, c_ = m, c[:, :, layer, None, None]
             shares.append((m_ * (1 - c_) + c_).mean())  # (2, 5, 3, 4)
-    torch.testing.assert_close(active_shares(masks).mean(), torch.stack(shares).mean())
+    densities, channel_masks = [m.mean() for m, _ in masks], [c for _, c in masks]
+    torch.testing.assert_close(active_shares(densities, channel_masks).mean(), torch.stack(shares).mean())
 
 
 def test_shares_are_between_0_and_1():
-    zeros, ones = torch.zeros(1, 1, 2, 2), torch.ones(1, 3, 2)
-    assert active_shares([(zeros, 0 * ones)]) == 0
-    assert active_shares([(zeros, ones)]) == active_shares([(1 + zeros, 0 * ones)]) == 1
+    zero, one, channels = torch.zeros(1), torch.ones(1), torch.ones(1, 3, 2)
+    assert active_shares(zero, [0 * channels]) == 0
+    assert active_shares(zero, [channels]) == active_shares(one, [0 * channels]) == 1

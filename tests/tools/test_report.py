@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -20,7 +21,7 @@ def tested(tmp_path, monkeypatch, make_set, tiny):
     torch.save(tiny.state_dict(), "w<b>.pt")
     line = "--dir_data data --data_test Set5+Tiny --pre_train w<b>.pt --test_only --save_results --save_masks --save"
     assert main.main([*line.split(), "mine"]) == 0
-    for name in ("psnr.png", "loss.png"):
+    for name in ("psnr.png", "density.png"):
         shutil.copy("experiment/mine/results-Set5-x2/img0_x2_SR.png", f"experiment/mine/{name}")
     return tmp_path / "experiment/mine"
 
@@ -35,6 +36,10 @@ def test_markdown_has_our_rows_next_to_the_published_ones(tested):
     assert f"{metrics['psnr_y']:.2f} / {metrics['ssim_y']:.4f}" in ours
     for image in metrics["images"]:
         assert any(line.startswith(f"| {image['name']} | 20x24 | {image['psnr_y']:.2f} |") for line in lines)
+    (mean, _) = (line for line in lines if line.startswith("| mean |"))
+    densities = np.mean([image["mask_density"] for image in metrics["images"]], axis=0)
+    assert mean.startswith(f"| mean |  | {metrics['psnr_y']:.2f} | {metrics['ssim_y']:.4f} |")
+    assert mean.endswith(" | ".join(["", *(f"{density:.2f}" for density in densities)]) + " |")
     assert any("--save_masks" in line and f"torch {torch.__version__}" in line for line in lines)
 
 
@@ -45,6 +50,8 @@ def test_html_is_self_contained_and_escaped(tested):
     assert "<b>" not in page
     assert page.count('class="slider"') == 3 + 2
     assert page.count("SMM 2: density") == 3 + 2
+    (curves,) = re.findall('<div class="pictures curves">(.*?)</div>', page)
+    assert curves.count("<img ") == 2
     assert "http://" not in page
     assert "https://" not in page
 
