@@ -137,7 +137,7 @@ def test_resuming_from_the_command_line_is_exact(folder):
     run(f"{TRAIN} --epochs 2")
     shutil.move("experiment/run", "experiment/uninterrupted")
     run(f"{TRAIN} --epochs 1")
-    run(f"{TRAIN.replace('--save', '--load')} --epochs 2")
+    run(f"{TRAIN.replace('--save', '--load')} --epochs 2 --ext device")
     ours, theirs = (load(f"experiment/{name}/model/model_latest.pt") for name in ("run", "uninterrupted"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
