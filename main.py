@@ -256,4 +256,4 @@ def build_network(
 
 
 if __name__ == "__main__":
-    run_program(main, memory_hint="use a smaller --batch_size, --patch_size or --n_feats, or add --chop")
+    run_program(main, memory_hint="use a smaller --batch_size, --patch_size or --n_feats, or add --chop or --ext sep")

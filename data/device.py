@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data import cache
-from data.prefetch import copy_ahead
+from data.prefetch import Prefetcher
 from data.srdata import EpochSampler, Patches, Place
 from utility import free_memory, in_parallel, is_out_of_memory, logger
 
@@ -87,7 +87,7 @@ class DeviceLoader:
     """
 
     def __init__(self, patches: Patches, sampler: EpochSampler, device: torch.device, n_threads: int):
-        self.dataset, self.sampler, self.device = patches, sampler, device
+        self.dataset, self.sampler, self.prefetch = patches, sampler, Prefetcher(device)
         self.lr, self.hr = (
             DeviceImages(sources, patches.n_colors, device, n_threads) for sources in (patches.lr, patches.hr)
         )
@@ -95,7 +95,7 @@ class DeviceLoader:
         self.steps = torch.arange(self.hr_size, device=device)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        for lr_walks, hr_walks in copy_ahead(self._walks(), self.device):
+        for lr_walks, hr_walks in self.prefetch(self._walks()):
             yield [self.lr.cut(lr_walks, self.steps[: self.size]), self.hr.cut(hr_walks, self.steps)]
 
     def _walks(self):

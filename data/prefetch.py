@@ -27,28 +27,34 @@ def run_ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
         pool.shutdown(cancel_futures=True)
 
 
-def copy_ahead(batches: Iterator[Sequence[torch.Tensor]], device: torch.device) -> Iterator[Sequence[torch.Tensor]]:
-    """Yield batches of CPU tensors on a CUDA device, with neither the caller nor the device waiting for a copy.
+class Prefetcher:
+    """Copies batches of CPU tensors to a CUDA device, with neither the caller nor the device waiting for a copy.
 
     A thread takes the batches, pins them and copies them on a stream of its own. For other devices the batches are
     passed on as they are, without a thread.
     """
-    if device.type != "cuda":
-        yield from batches
-        return
-    with contextlib.closing(run_ahead(_copies(batches, torch.cuda.Stream(device)), BATCHES_AHEAD)) as copies:
-        for tensors, copied in copies:
-            stream = torch.cuda.current_stream(device)
-            stream.wait_event(copied)
-            for tensor in tensors:
-                tensor.record_stream(stream)  # or the next copy could overwrite it while the stream still reads it
-            yield tensors
 
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # one: each has its own memory
 
-def _copies(batches, stream):
-    """Start to copy each batch on the stream; yields the copies with the event that they are complete."""
-    for batch in batches:
-        with torch.cuda.stream(stream):  # also selects the device, which is a setting of each thread
-            tensors = [tensor.pin_memory().to(stream.device, non_blocking=True) for tensor in batch]
-            copied = stream.record_event()
-        yield tensors, copied
+    def __call__(self, batches: Iterator[Sequence[torch.Tensor]]) -> Iterator[Sequence[torch.Tensor]]:
+        """Yield the batches on the device. Raises what `batches` raises."""
+        if self.stream is None:
+            yield from batches
+            return
+        with contextlib.closing(run_ahead(self._copies(batches), BATCHES_AHEAD)) as copies:
+            for tensors, copied in copies:
+                stream = torch.cuda.current_stream(self.device)
+                stream.wait_event(copied)
+                for tensor in tensors:
+                    tensor.record_stream(stream)  # else a later copy could reuse its memory while it is still read
+                yield tensors
+
+    def _copies(self, batches):
+        """Start to copy each batch; yields the copies with the event that they are complete."""
+        for batch in batches:
+            with torch.cuda.stream(self.stream):  # also selects the device, which is a setting of each thread
+                tensors = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch]
+                copied = self.stream.record_event()
+            yield tensors, copied

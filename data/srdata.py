@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data import cache
 from data.image import image_size, read_image
 from data.imageset import ImageSet
-from data.prefetch import copy_ahead
+from data.prefetch import Prefetcher
 from utility import InputError
 
 CPU = torch.device("cpu")
@@ -159,11 +159,11 @@ class PatchLoader(DataLoader):
             collate_fn=_stack,
             **options,
         )
-        self.device = device
+        self.prefetch = Prefetcher(device)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         batches = super().__iter__()  # in the main thread, which a signal then tells if a worker has died
-        return copy_ahead(([torch.from_numpy(array) for array in arrays] for arrays in batches), self.device)
+        return self.prefetch([torch.from_numpy(array) for array in arrays] for arrays in batches)
 
 
 class WholeImages(Dataset):

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from data.prefetch import BATCHES_AHEAD, copy_ahead, run_ahead
+from data.prefetch import BATCHES_AHEAD, Prefetcher, run_ahead
 
 
 def counted(taken):
@@ -78,7 +78,7 @@ def test_a_signal_reaches_who_waits_for_an_item():
 def test_on_a_cpu_batches_are_passed_on_without_a_thread():
     taken = []
     batches = ([torch.full((2,), number)] for number in counted(taken))
-    copies = copy_ahead(batches, torch.device("cpu"))
+    copies = Prefetcher(torch.device("cpu"))(batches)
     assert [next(copies)[0].tolist() for _ in range(3)] == [[0, 0], [1, 1], [2, 2]]
     assert taken == [threading.current_thread()] * 3
 
@@ -89,7 +89,7 @@ def test_on_a_gpu_batches_are_copied_ahead_and_intact():
     busy = torch.rand(4096, 4096, device=device)
     taken, sums = [], []
     batches = ([torch.full((1 << 20,), number), torch.full((3,), -number)] for number in counted(taken))
-    copies = copy_ahead(batches, device)
+    copies = Prefetcher(device)(batches)
     for number, (large, small) in enumerate(itertools.islice(copies, 50)):
         busy = busy @ busy  # the device is late, so that memory would be reused too early
         sums.append((large - number).abs().sum() + (small + number).abs().sum())
