@@ -18,6 +18,7 @@ import option
 import visualize
 from checkpoint import Experiment, write_options
 from data import DataSettings, PatchSettings, build_test_sets, build_train_loader
+from data.device import DeviceLoader
 from data.image import write_png
 from data.srdata import PatchLoader, WholeImages
 from data.video import upscale_video
@@ -118,16 +119,17 @@ def build_trainer(args: argparse.Namespace, model: Network, experiment: Experime
     )
 
 
-def build_loader(args: argparse.Namespace, device: torch.device) -> PatchLoader:
+def build_loader(args: argparse.Namespace, device: torch.device) -> PatchLoader | DeviceLoader:
     """Build the loader of training patches; the main process builds the cache for all."""
+    ext = args.ext or ("device" if device.type == "cuda" else "sep")
     with distributed.main_process_first():
         patches = option.settings(
             PatchSettings,
             args,
             augment=not args.no_augment,
-            ext="sep" if args.ext == "sep_reset" and not distributed.is_main_process() else args.ext,
+            ext="sep" if ext == "sep_reset" and not distributed.is_main_process() else ext,
             steps=args.test_every,
-            pin_memory=device.type == "cuda",
+            device=device,
         )
         return build_train_loader(
             args.data_train,
@@ -256,4 +258,4 @@ def build_network(
 
 
 if __name__ == "__main__":
-    run_program(main, memory_hint="use a smaller --batch_size, --patch_size or --n_feats, or add --chop")
+    run_program(main, memory_hint="use a smaller --batch_size, --patch_size or --n_feats, or add --chop or --ext sep")

@@ -33,7 +33,7 @@ RESERVED_SET_NAMES = ("demo", "video")  # of --data_test: the user's own files
 PAPER_SCHEDULES = {"decay": [200], "tau_epochs": 500, "lambda_warmup": 50}  # for 1000 epochs
 INFERENCE_MODES = ("auto", "sparse", "dense")
 ENGINES = ("auto", "plain", "fused")
-CACHE_KINDS = ("img", "sep", "sep_reset", "bin")
+CACHE_KINDS = ("img", "sep", "sep_reset", "bin", "device")
 OnOff = argparse.BooleanOptionalAction  # so that a resumed run can switch it off
 
 
@@ -164,9 +164,10 @@ def _add_data_options(group):
     group.add_argument(
         "--ext",
         choices=CACHE_KINDS,
-        default="sep",
         help="training images: decode the files each time (img), keep .npy copies (sep), rebuild them (sep_reset), "
-        "keep all in memory (bin; on macOS and Windows in the memory of each worker process)",
+        "keep all in memory (bin; on macOS and Windows in the memory of each worker process), "
+        "or in the memory of the device, which then cuts the patches (device); "
+        "device on an NVIDIA GPU that has enough memory, else sep",
     )
     group.add_argument("--scale", type=positive_int, default=2, help="upscaling factor")
     group.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels per side of a patch")

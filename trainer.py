@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import Experiment
+from data.device import DeviceLoader
 from data.srdata import PatchLoader, WholeImages
 from evaluation import evaluate, headline, mask_densities
 from model.inference import build_predictor
@@ -96,7 +97,7 @@ class Trainer:
     def __init__(
         self,
         training_step: TrainingStep,
-        loader: PatchLoader,
+        loader: PatchLoader | DeviceLoader,
         test_sets: Sequence[WholeImages],
         experiment: Experiment,
         schedules: Schedules,

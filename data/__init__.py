@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from data import demo, div2k, imageset
+from data.device import DeviceLoader, build_device_loader
 from data.imageset import ImageSet
 from data.srdata import EpochSampler, Patches, PatchLoader, PatchSettings, WholeImages
 from utility import InputError
@@ -70,10 +71,11 @@ def take_range(images: ImageSet, span: Sequence[int]) -> ImageSet:
 
 def build_train_loader(
     names: Iterable[str], settings: DataSettings, patches: PatchSettings, rank: int = 0, world_size: int = 1
-) -> PatchLoader:
+) -> PatchLoader | DeviceLoader:
     """Build a loader of random patches of the sets `names`, with `patches.steps` batches per epoch.
 
-    The process of the given rank gets its share of each batch; see `EpochSampler`.
+    The process of the given rank gets its share of each batch; see `EpochSampler`. With `patches.ext` "device" and
+    enough memory on `patches.device` it is a `DeviceLoader`.
 
     Raises InputError as `find_set`, `take_range`, `Patches` and `EpochSampler` do.
     """
@@ -88,11 +90,15 @@ def build_train_loader(
         rank=rank,
         world_size=world_size,
     )
+    if patches.ext == "device":
+        loader = build_device_loader(dataset, sampler, patches.device, patches.n_threads)
+        if loader is not None:
+            return loader
     return PatchLoader(
         dataset,
         sampler,
         n_threads=patches.n_threads,
-        pin=patches.pin_memory,
+        device=patches.device,
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # a separate one, so that iterating does not change the global random state
     )

@@ -4,6 +4,7 @@ img        no cache: files are decoded every time
 sep        one memory-mapped .npy file per image under <set>/bin
 sep_reset  like sep, but all files are rebuilt
 bin        all images are kept in memory
+device     like sep; data/device.py copies the images to the memory of a device
 
 The name of a cached file holds size and modification time of its source, so a changed source is decoded again. A
 cached file appears by rename, so no process ever sees an incomplete one.
@@ -21,7 +22,7 @@ import torch
 from data.image import read_image
 from utility import InputError, in_parallel, remove_unfinished, write_whole
 
-CACHE_KINDS = ("img", "sep", "sep_reset", "bin")
+CACHE_KINDS = ("img", "sep", "sep_reset", "bin", "device")
 STALE_SECONDS = 3600  # younger unfinished files may belong to a process that is still writing them
 
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -12,7 +13,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data import cache
 from data.image import image_size, read_image
 from data.imageset import ImageSet
+from data.prefetch import Prefetcher
 from utility import InputError
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,17 @@ class PatchSettings:
     batch_size: int = 16  # patches per step, of all processes together
     steps: int = 1000  # batches per epoch
     n_threads: int = 4  # worker processes that load patches, and threads that build the cache; 0: no workers
-    pin_memory: bool = False  # whether batches are in pinned memory, from which a GPU copies asynchronously
+    device: torch.device = CPU  # that the batches are for
+
+
+class Place(NamedTuple):
+    """Where a patch lies in its image, in low-resolution pixels, and how it is turned: flipped, then transposed."""
+
+    top: int
+    left: int
+    flip_rows: int = 0  # 0 or 1
+    flip_columns: int = 0
+    transpose: int = 0
 
 
 class Patches(Dataset):
@@ -40,7 +54,7 @@ class Patches(Dataset):
         sets: the images to train on
         scale: s, high-resolution pixels per low-resolution pixel
         n_colors: 1 (gray) or 3 (RGB)
-        patches: all its fields except batch_size, steps and pin_memory are used
+        patches: all its fields except batch_size, steps and device are used
 
     Raises:
         InputError: a set holds no images or no HR images, an image is smaller than a patch, or a file is broken
@@ -65,18 +79,20 @@ class Patches(Dataset):
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
         image, epoch, draw = key
-        rng = np.random.default_rng((self.seed, epoch, draw))
         lr = cache.open_image(self.lr[image], self.n_colors)
         hr = cache.open_image(self.hr[image], self.n_colors)
         size, scale = self.patch_size, self.scale
-        top = rng.integers(lr.shape[0] - size + 1)
-        left = rng.integers(lr.shape[1] - size + 1)
+        top, left, *turn = self.place(lr.shape, epoch, draw)
         lr = lr[top : top + size, left : left + size]
         hr = hr[top * scale : (top + size) * scale, left * scale : (left + size) * scale]
-        if self.augment:
-            flip_rows, flip_columns, transpose = rng.integers(2, size=3)
-            lr, hr = (_turn(patch, flip_rows, flip_columns, transpose) for patch in (lr, hr))
-        return lr, hr
+        return _turn(lr, *turn), _turn(hr, *turn)
+
+    def place(self, lr_shape: Sequence[int], epoch: int, draw: int) -> Place:
+        """Draw the place of a patch in an image whose low-resolution shape is (H, W, ...)."""
+        rng = np.random.default_rng((self.seed, epoch, draw))
+        top = int(rng.integers(lr_shape[0] - self.patch_size + 1))
+        left = int(rng.integers(lr_shape[1] - self.patch_size + 1))
+        return Place(top, left, *(rng.integers(2, size=3).tolist() if self.augment else ()))
 
 
 class EpochSampler(Sampler):
@@ -122,16 +138,18 @@ class EpochSampler(Sampler):
 class PatchLoader(DataLoader):
     """A DataLoader of `Patches` that yields batches LR (N, P, P, n_colors), HR (N, sP, sP, n_colors), uint8 tensors.
 
+    If `device` is a CUDA device the batches lie there, else on the CPU.
+
     Workers send batches as arrays, which are copied through a pipe. Tensors would travel in newly allocated shared
     memory, and its page faults take longer than the copy and everything else.
 
     Args:
         n_threads: worker processes, which persist between epochs; 0: the calling process loads the patches
-        pin: put the batches into pinned memory
+        device: that the batches are for
         options: of DataLoader
     """
 
-    def __init__(self, patches: Patches, sampler: EpochSampler, n_threads: int, pin: bool = False, **options):
+    def __init__(self, patches: Patches, sampler: EpochSampler, n_threads: int, device: torch.device = CPU, **options):
         super().__init__(
             patches,
             batch_size=sampler.share,
@@ -141,12 +159,11 @@ class PatchLoader(DataLoader):
             collate_fn=_stack,
             **options,
         )
-        self.pin = pin
+        self.prefetch = Prefetcher(device)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        for arrays in super().__iter__():
-            tensors = [torch.from_numpy(array) for array in arrays]
-            yield [tensor.pin_memory() for tensor in tensors] if self.pin else tensors
+        batches = super().__iter__()  # in the main thread, which a signal then tells if a worker has died
+        return self.prefetch([torch.from_numpy(array) for array in arrays] for arrays in batches)
 
 
 class WholeImages(Dataset):

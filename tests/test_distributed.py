@@ -54,7 +54,7 @@ def test_two_processes_train_as_one(folder):
     """EDSR has no noise, so averaging the gradients of two halves of a batch must give the gradient of the whole."""
     assert main(f"{EDSR} --epochs 2".split()) == 0
     shutil.move("experiment/run", "experiment/one")
-    done = run_in_two_processes(f"{EDSR} --epochs 1 --split_batch 2")
+    done = run_in_two_processes(f"{EDSR} --epochs 1 --split_batch 2 --ext device")
     assert done.returncode == 0, done.stderr
     assert main(["--load", "run", "--epochs", "2"]) == 0  # resumes as one process
     one, two = weights("one"), weights("run")

@@ -18,11 +18,14 @@ import pytest
 import torch
 
 from checkpoint import Experiment
+from data.device import DeviceLoader
 from data.resize import downscale
+from data.srdata import PatchLoader
 from evaluation import compare
-from main import main
+from main import build_loader, main
 from model import EDSR, SMSR, load_model
 from model.inference import self_ensemble
+from option import parse
 from tools import compare as compare_tool
 from tools import export_onnx
 from utility import InputError, run_program
@@ -45,6 +48,7 @@ TRAIN = (
     "--dir_data data --data_train Tiny --data_test Tiny+Tiny2 --data_range 1-3/4-4 --n_feats 8 --n_blocks 2 "
     "--n_layers 2 --patch_size 8 --batch_size 2 --test_every 2 --n_threads 0 --save run"
 )
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TEST = "--dir_data data --data_test Tiny2 --pre_train weights.pt --test_only --save check"
 
 
@@ -137,7 +141,7 @@ def test_resuming_from_the_command_line_is_exact(folder):
     run(f"{TRAIN} --epochs 2")
     shutil.move("experiment/run", "experiment/uninterrupted")
     run(f"{TRAIN} --epochs 1")
-    run(f"{TRAIN.replace('--save', '--load')} --epochs 2")
+    run(f"{TRAIN.replace('--save', '--load')} --epochs 2 --ext device")
     ours, theirs = (load(f"experiment/{name}/model/model_latest.pt") for name in ("run", "uninterrupted"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -342,6 +346,16 @@ def test_an_image_that_breaks_during_a_training_is_named_with_what_to_do(folder,
     message = mistake(f"--load run --epochs 5 --n_threads {n_threads}")
     assert message.startswith(f"{path}: not an image, or broken")
     assert message.endswith("; then resume with: python main.py --load run")
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_the_images_are_on_a_gpu_by_default_and_elsewhere_on_request(folder, name):
+    def loader(flags):
+        return build_loader(parse(f"{TRAIN} {flags}".split()), torch.device(name))
+
+    assert isinstance(loader(""), DeviceLoader if name == "cuda" else PatchLoader)
+    assert isinstance(loader("--ext device"), DeviceLoader)
+    assert isinstance(loader("--ext sep"), PatchLoader)
 
 
 def test_a_mistake_is_printed_in_one_line_with_exit_code_2(folder, capsys):

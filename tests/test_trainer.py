@@ -59,7 +59,9 @@ def test_schedules_combine_the_three():
 STEPS = 3  # per epoch
 
 
-def build_trainer(data, folder, name="run", seed=1, loss="1*L1", n_threads=0, batch_size=4, rgb_range=255, **settings):
+def build_trainer(
+    data, folder, name="run", seed=1, loss="1*L1", n_threads=0, batch_size=4, rgb_range=255, ext="sep", **settings
+):
     """A small but complete training. `settings` are fields of StepSettings and TrainSettings."""
     torch.manual_seed(seed)
     model = SMSR(2, n_feats=8, n_blocks=2, n_layers=2, rgb_range=rgb_range)
@@ -68,7 +70,7 @@ def build_trainer(data, folder, name="run", seed=1, loss="1*L1", n_threads=0, ba
     train_settings = TrainSettings(**{key: value for key, value in settings.items() if key not in step_names})
     optimizer = build_optimizer(model.parameters(), OptimizerSettings(lr=1e-3))
     data_settings = DataSettings(str(data), data_range=[(1, 3), (4, 4)])
-    patches = PatchSettings(patch_size=8, batch_size=batch_size, steps=STEPS, n_threads=n_threads)
+    patches = PatchSettings(patch_size=8, ext=ext, batch_size=batch_size, steps=STEPS, n_threads=n_threads)
     return Trainer(
         TrainingStep(model, build_loss(loss, rgb_range=rgb_range), optimizer, step_settings),
         loader=build_train_loader(["Tiny"], data_settings, patches),
@@ -230,6 +232,20 @@ def test_an_interrupted_run_is_saved_and_resumes_as_if_uninterrupted(build, stop
     assert (stopped.epoch, stopped.step) == (1, stop_after)
     other = resume(build, name="stopped")
     assert (other.epoch, other.step) == (1, stop_after)
+    assert other.fit(2)
+    assert torch.equal(weights(other), weights(whole))
+    assert without_seconds(other.history) == without_seconds(whole.history)
+
+
+@pytest.mark.parametrize("exts", [("sep", "device"), ("device", "sep"), ("device", "device")])
+def test_a_run_can_resume_with_its_images_elsewhere(build, exts, interruptible):
+    whole = build("whole", split_batch=2)
+    whole.fit(2)
+    stopped = build("stopped", split_batch=2, ext=exts[0])
+    wrap_steps(stopped, lambda _: signal.raise_signal(signal.SIGINT) if stopped.step == 1 else None)
+    assert not stopped.fit(2)
+    other = resume(build, name="stopped", split_batch=2, ext=exts[1])
+    assert (other.epoch, other.step) == (1, 2)
     assert other.fit(2)
     assert torch.equal(weights(other), weights(whole))
     assert without_seconds(other.history) == without_seconds(whole.history)

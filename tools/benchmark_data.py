@@ -3,13 +3,15 @@
     python tools/benchmark.py data
 
 Pairs of the size of DIV2K's images are written to a temporary folder, mirrored from a photograph. The kinds take turns:
-in every round, each is read by a data loader like main.py's for --seconds. The results are medians over the rounds.
-All files are read once before the first round that counts, so they are in the page cache of the system.
+in every round, each is read by a data loader like main.py's for --seconds, until its patches are on --device. The
+results are medians over the rounds. All files are read once before the first round that counts, so they are in the page
+cache of the system.
 
     pickle  the baseline: every patch unpickles whole images, and workers send patches as float32 planes
     img     every patch decodes PNG files
     sep     memory-mapped .npy files
     bin     arrays in memory
+    device  images in the memory of --device, which cuts the patches
 """
 
 import argparse
@@ -19,10 +21,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import PatchSettings, find_set
+from data.device import DeviceLoader
 from data.image import write_png
 from data.imageset import ImageSet
 from data.resize import crop_to_multiple, downscale
@@ -30,9 +34,9 @@ from data.srdata import EpochSampler, Patches, PatchLoader
 from option import count, positive_float, positive_int
 from tools.baselines import PickledPatches
 from tools.benchmark_inference import mirrored_photograph, parse_size
-from utility import InputError, write_json
+from utility import InputError, pick_device, synchronize, write_json
 
-KINDS = ("pickle", "img", "sep", "bin")
+KINDS = ("pickle", "img", "sep", "bin", "device")
 SCALE, N_COLORS = 2, 3
 WARM_UP_STEPS = 8  # batches in the first round; their speed determines the number of batches in the other rounds
 
@@ -43,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels per side of a patch")
     parser.add_argument("--batch_size", type=positive_int, default=16)
     parser.add_argument("--n_threads", type=count, default=1, help="number of data-loading worker processes")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--seconds", type=positive_float, default=2, help="duration of a round per kind of cache")
     parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
@@ -71,11 +76,12 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         write_pairs(Path(folder) / "Pairs", args.images, args.size)
         images = find_set("Pairs", folder, SCALE)
-        loaders = {kind: build_loader(kind, images, args) for kind in KINDS}
+        device = pick_device(args.device)
+        loaders = {kind: build_loader(kind, images, args, device) for kind in KINDS}
         speeds = {kind: [] for kind in KINDS}
         for _ in tqdm(range(args.rounds + 1), desc="rounds", leave=False):
             for kind, loader in loaders.items():
-                speed = _patches_per_second(loader)
+                speed = _patches_per_second(loader, device)
                 speeds[kind].append(speed)
                 loader.sampler.steps = max(WARM_UP_STEPS, round(args.seconds * speed / args.batch_size))
     return {kind: statistics.median(values[1:]) for kind, values in speeds.items()}
@@ -90,7 +96,9 @@ def write_pairs(root: Path, n_images: int, size: tuple[int, int]) -> None:
         write_png(root / f"LR_bicubic/X{SCALE}/{index}.png", downscale(hr, SCALE))
 
 
-def build_loader(kind: str, images: ImageSet, args: argparse.Namespace) -> DataLoader:
+def build_loader(
+    kind: str, images: ImageSet, args: argparse.Namespace, device: torch.device
+) -> DataLoader | DeviceLoader:
     """The loader of a kind in KINDS, for the options of this benchmark."""
     settings = PatchSettings(
         patch_size=args.patch_size,
@@ -99,8 +107,10 @@ def build_loader(kind: str, images: ImageSet, args: argparse.Namespace) -> DataL
         n_threads=args.n_threads,
     )
     sampler = EpochSampler(args.images, WARM_UP_STEPS, args.batch_size)
+    if kind == "device":
+        return DeviceLoader(Patches([images], SCALE, N_COLORS, settings), sampler, device, args.n_threads)
     if kind != "pickle":
-        return PatchLoader(Patches([images], SCALE, N_COLORS, settings), sampler, args.n_threads)
+        return PatchLoader(Patches([images], SCALE, N_COLORS, settings), sampler, args.n_threads, device)
     return DataLoader(
         PickledPatches([images], SCALE, N_COLORS, settings),
         batch_size=args.batch_size,
@@ -110,9 +120,12 @@ def build_loader(kind: str, images: ImageSet, args: argparse.Namespace) -> DataL
     )
 
 
-def _patches_per_second(loader):
+def _patches_per_second(loader, device):
     """The speed over all batches except the first, which waits until the workers have started."""
     batches = iter(loader)
     next(batches)
+    synchronize(device)
     started = time.perf_counter()
-    return sum(len(lr) for lr, _ in batches) / (time.perf_counter() - started)
+    count = sum(len(hr.to(device, non_blocking=True)) for _, hr in batches)
+    synchronize(device)
+    return count / (time.perf_counter() - started)

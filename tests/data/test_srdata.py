@@ -114,19 +114,20 @@ def test_batches_are_stacked_patches(make_set, n_colors, n_threads):
         assert batch.is_contiguous()
 
 
-@pytest.mark.parametrize("pin_memory", [False, True])
-def test_batches_are_pinned_on_request(make_set, monkeypatch, pin_memory):
-    pinned = []
-
-    def pin(tensor):  # a stand-in, as pinning needs a GPU
-        pinned.append(tensor)
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    loader = build_train_loader(["Tiny"], DataSettings(make_set()), replace(SMALL, pin_memory=pin_memory))
-    batches = list(itertools.chain(*loader))
-    assert len(batches) == 4 * 2
-    assert [id(tensor) for tensor in pinned] == ([id(batch) for batch in batches] if pin_memory else [])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("ext", ["sep", "device"])
+@pytest.mark.parametrize("n_threads", [0, 2])
+def test_batches_on_a_gpu_equal_those_on_the_cpu(make_set, ext, n_threads):
+    root = make_set()
+    settings = replace(SMALL, ext="sep", steps=20, n_threads=n_threads)
+    expected, loader = (
+        build_train_loader(["Tiny"], DataSettings(root), patches)
+        for patches in (settings, replace(settings, ext=ext, device=torch.device("cuda")))
+    )
+    for _ in range(2):  # epochs
+        for images, expected_images in zip(itertools.chain(*loader), itertools.chain(*expected), strict=True):
+            assert images.is_cuda
+            assert torch.equal(images.cpu(), expected_images)
 
 
 def test_images_must_be_as_large_as_a_patch(make_set):

@@ -26,10 +26,11 @@ def test_pickled_images_give_the_same_patches(tmp_path):
 
 def test_kinds_of_cache_are_timed(tmp_path, capsys):
     out = tmp_path / "out.json"
-    line = "data --size 60x80 --images 2 --patch_size 8 --batch_size 2 --seconds 0.1 --rounds 1 --n_threads 0 --json"
+    line = "data --size 60x80 --images 2 --patch_size 8 --batch_size 2 --seconds 0.1 --rounds 1 --n_threads 0"
+    line += " --device cpu --json"
     main([*line.split(), str(out)])
-    assert list(json.loads(out.read_text())["patches_per_second"]) == ["pickle", "img", "sep", "bin"]
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert list(json.loads(out.read_text())["patches_per_second"]) == ["pickle", "img", "sep", "bin", "device"]
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 def test_images_smaller_than_a_patch_are_an_error():
