@@ -1,8 +1,10 @@
 """Run a network over a set of images and measure quality, time and cost."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from tqdm import tqdm
 import distributed
 from data.srdata import WholeImages
 from metrics import luma, psnr, shave, ssim
-from model.network import Cost, Network, Predict
+from model.network import Cost, Network, Predict, to_numpy
 from utility import InputError, is_out_of_memory, synchronize
 
 Metrics = dict[str, Any]  # the content of metrics.json
@@ -39,22 +41,40 @@ def evaluate(
     """
     model.eval()
     predict = predict or model.inference
-    measured = []  # (row, Cost) of each image of this process
+    measured = []  # a row and its quality, once it is computed, and the Cost of each image of this process
     mine = range(distributed.rank(), len(images), distributed.world_size())
-    with tqdm(mine, desc=images.name, unit="image", leave=False, disable=not distributed.is_main_process()) as progress:
+    progress = tqdm(mine, desc=images.name, unit="image", leave=False, disable=not distributed.is_main_process())
+    with progress, _background(model.device) as submit:
         for index in progress:
             name, lr, hr = images[index]
             sr, cost, seconds = _run(model, name, lr, predict, warm_up=warm_up and index == mine.start)
             if save:
                 save(name, lr, sr, masks_of(cost))
-            row = {"name": name, "lr_shape": list(lr.shape[:2])}
-            row |= compare(sr, hr, images.scale, rgb=not images.benchmark)
-            row |= {"seconds": seconds, "mask_density": cost.mask_density, "active_share": cost.active_share}
-            measured.append((row, cost.without_masks()))
+            quality = submit(compare, sr, hr, images.scale, rgb=not images.benchmark)
+            row = {"name": name, "lr_shape": list(lr.shape[:2]), "seconds": seconds}
+            row |= {"mask_density": cost.mask_density, "active_share": cost.active_share}
+            measured.append((row, quality, cost.without_masks()))
+    measured = [(row | quality.result(), cost) for row, quality, cost in measured]
     shares = distributed.gather(measured)  # image by image, in the order in which they were distributed
     rows, costs = zip(*(shares[i % len(shares)][i // len(shares)] for i in range(len(images))), strict=True)
     facts = {"dataset": images.name, "scale": images.scale, "model": type(model).__name__}
     return facts | {"parameters": model.n_parameters} | _summarize(rows, costs, images.scale)
+
+
+@contextlib.contextmanager
+def _background(device):
+    """How to compute something while a GPU goes on: submit(function, ...) returns its Future. On a CPU, at once."""
+    if device.type == "cpu":
+        yield _compute_at_once
+        return
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit
+
+
+def _compute_at_once(function, *args, **options):
+    future = Future()
+    future.set_result(function(*args, **options))
+    return future
 
 
 def _run(model, name, lr, predict, warm_up):
@@ -68,7 +88,7 @@ def _run(model, name, lr, predict, warm_up):
         sr, cost = predict(x)
         synchronize(model.device)
         seconds = time.perf_counter() - started
-        return model.to_images(sr)[0].cpu().numpy(), cost, seconds
+        return to_numpy(model.to_images(sr)[0]), cost, seconds
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

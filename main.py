@@ -32,7 +32,7 @@ from recovery import resume_hint
 from summary import TensorBoard, check_tensorboard
 from trainer import Schedules, Trainer, TrainSettings, dry_run
 from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
-from utility import INTERRUPTED, PRECISIONS, InputError, logger, run_program, write_json, write_whole
+from utility import INTERRUPTED, PRECISIONS, InputError, be_deterministic, logger, run_program, write_json, write_whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stored = Experiment(args.load, argument="load").load_options()
         args = option.parse(argv, stored)
     torch.manual_seed(args.seed)
+    be_deterministic(args.deterministic)
     device = distributed.start(args.device)
     try:
         return test(args, device) if args.test_only else train(args, stored, device)

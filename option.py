@@ -215,6 +215,12 @@ def _add_training_options(group):
         "--max_bad_steps", type=positive_int, default=50, help="stop after this many skipped batches in a row"
     )
     group.add_argument(
+        "--deterministic",
+        action=OnOff,
+        default=False,
+        help="on a GPU, use slower algorithms that give the same bits in every run; on a CPU that is always so",
+    )
+    group.add_argument(
         "--ema", type=share, default=0.0, help="also keep a moving average of the weights with this decay"
     )
     group.add_argument(
@@ -360,6 +366,8 @@ def _check_run(args):
 
 
 def _check_training(args):
+    if args.deterministic and "VGG" in args.loss:
+        raise InputError("--deterministic: VGG losses have no such gradient on a GPU; leave one out")
     if args.tau_min > 1:
         raise InputError(f"--tau_min {args.tau_min}: the temperature starts at 1; use at most 1")
     if args.split_batch > args.batch_size:

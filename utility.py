@@ -124,6 +124,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def be_deterministic(wanted: bool = True) -> None:
+    """Let PyTorch use algorithms that give the same bits in every run, or any. To be called before a GPU is used."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(wanted)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished all its work, so that timings are valid."""
     if device.type == "cuda":

@@ -125,6 +125,8 @@ class Network(nn.Module):
         """uint8 (N, H, W, n_colors) -> (N, n_colors, H, W) in 0...rgb_range, channels-last, as the network takes it."""
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(np.require(images, requirements=("C", "W")))
+        if self.device.type == "cuda" and not images.is_cuda:
+            images = images.pin_memory()  # else the copy would wait for the GPU
         x = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float(memory_format=torch.channels_last)
         return (x * (self.rgb_range.float() / 255)).to(self.dtype)
 
@@ -146,7 +148,7 @@ class Network(nn.Module):
                 "convert the image"
             )
         sr, _ = (predict or self.inference)(self.to_input(image[None]))
-        return self.to_images(sr)[0].cpu().numpy()
+        return to_numpy(self.to_images(sr)[0])
 
     def _apply_settings(self) -> None:
         """Derive what depends on the settings; called after they were loaded."""
@@ -157,6 +159,11 @@ class Network(nn.Module):
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._apply_settings()
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A copy of a tensor in host memory. From a GPU it is made through pinned memory, which is faster."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor).numpy()
 
 
 def stored_settings(network: type[Network], state_dict: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -137,6 +137,7 @@ def test_settings_are_filled_with_options_of_the_same_names():
         ("--unknown", "--unknown: no such option; see --help"),
         ("--inference fast", "--inference: invalid choice: 'fast'"),
         ("--inference sparse", "--inference sparse: is for tests; add --test_only"),
+        ("--deterministic --loss L1+VGG54 --vgg_weights x", "--deterministic: VGG losses have no such gradient"),
         ("--engine plain", "--engine plain: is for tests; add --test_only"),
         ("--engine plain --test_only --model EDSR", "--engine plain: is for SMSR; leave it out"),
         ("--inference sparse --test_only --model EDSR", "--inference sparse: EDSR has no masked work to skip"),

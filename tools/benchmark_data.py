@@ -87,13 +87,13 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     return {kind: statistics.median(values[1:]) for kind, values in speeds.items()}
 
 
-def write_pairs(root: Path, n_images: int, size: tuple[int, int]) -> None:
+def write_pairs(root: Path, n_images: int, size: tuple[int, int], scale: int = SCALE) -> None:
     """Write a paired set of n_images different images below `root`; size: (height, width) of the HR images."""
-    photograph = crop_to_multiple(mirrored_photograph(*size, N_COLORS), SCALE)
+    photograph = crop_to_multiple(mirrored_photograph(*size, N_COLORS), scale)
     for index in tqdm(range(n_images), desc="images", leave=False):
         hr = np.roll(photograph, 100 * index, axis=1)
         write_png(root / f"HR/{index}.png", hr)
-        write_png(root / f"LR_bicubic/X{SCALE}/{index}.png", downscale(hr, SCALE))
+        write_png(root / f"LR_bicubic/X{scale}/{index}.png", downscale(hr, scale))
 
 
 def build_loader(

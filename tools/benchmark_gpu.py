@@ -3,8 +3,8 @@
     python tools/benchmark.py gpu --json gpu.json
 
 First its results are compared with the masked reference, over extreme masks and channel splits, in every precision; the
-exit code is 1 if one is wrong. Then inference is timed against the unmasked network. All times are medians in
-milliseconds of calls that take turns.
+exit code is 1 if one is wrong; so are trainings that are resumed, or run without a CUDA graph, with those that are not.
+Then inference is timed against the unmasked network. All times are medians in milliseconds of calls that take turns.
 
     unmasked        the same network without masks in its fastest form, channels-last
     unmasked_graph  the same in a CUDA graph
@@ -13,11 +13,16 @@ milliseconds of calls that take turns.
     fused_graph     the fused engine in a CUDA graph, as `model.inference` runs it from the second call on
     speedup         the faster of unmasked_graph and compiled_graph / fused_graph
     launches        kernels per forward of `fused`; waits: whether a forward waits for the device
+
+At last training steps, and whole epochs with their data, are timed as `benchmark.py train` does.
 """
 
 import argparse
+import copy
+import dataclasses
 import functools
 import itertools
+import math
 import platform
 from pathlib import Path
 
@@ -29,16 +34,20 @@ from model import load_model
 from model.engines.graphs import CudaGraph
 from model.smsr import SMSR
 from option import positive_int
+from tools import benchmark_train
 from tools.baselines import Unmasked, with_density
 from tools.benchmark_inference import mirrored_photograph
+from tools.benchmark_train import build_step
 from tools.timing import peak_mib, timed
-from utility import InputError, write_json
+from training_step import StepSettings, TrainingStep
+from utility import InputError, be_deterministic, write_json
 
 DEFAULT_WEIGHTS = Path(__file__).resolve().parent.parent / "experiment/SMSR_X2/model/model_best.pt"
 SIZES = ((1, 128, 128), (1, 256, 256), (1, 360, 640), (8, 360, 640), (1, 720, 1280))  # N, H, W
 PRECISIONS = {"exact": torch.float32, "tf32": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 SPLITS = ((), (0, 0, 0, 0), (64, 64, 64, 64), (1, 0, 1, 0), (0, 64, 0, 64), (63, 1, 63, 1))  # dense channels; (): as is
 DENSITIES = (0.0, 0.3, 1.0)
+N_CHECKED_STEPS = 12  # of a training; from the fourth on they are replayed as a CUDA graph
 COLUMNS = ("unmasked", "unmasked_graph", "compiled_graph", "fused", "fused_graph")
 
 
@@ -52,9 +61,13 @@ def run(args: argparse.Namespace) -> int:
     """Check, measure, print, and write the results; returns the exit code. Raises InputError without a GPU."""
     if not torch.cuda.is_available():
         raise InputError("gpu: no CUDA device is available; run it on a machine with an NVIDIA GPU")
+    device = torch.device("cuda")
+    be_deterministic()
+    checks = check_training(device)
+    be_deterministic(False)
     torch.backends.cudnn.benchmark = True
-    model = load_model(args.pre_train, "SMSR").cuda()
-    checks = check_results(model, torch.device("cuda"))
+    model = load_model(args.pre_train, "SMSR").to(device)
+    checks += check_results(model, device)
     wrong = [check for check in checks if not check["right"]]
     for check in wrong:
         print(f"wrong: {check}")
@@ -66,10 +79,12 @@ def run(args: argparse.Namespace) -> int:
         times = "".join(f" {row[name]:15.3f}" for name in (*COLUMNS, "speedup"))
         print(f"{row['size']:>14} {row['density']:8.2f}{times} {row['peak_mib']:15.0f}")
     print(f"launches {rows[-1]['launches']}, waits: {rows[-1]['waits']}")
+    training = measure_training(device)
     if args.json:
         versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
         card = torch.cuda.get_device_name()
-        write_json(args.json, {"card": card, "versions": versions, "checks": checks, "inference": rows})
+        results = {"checks": checks, "inference": rows, "training": training}
+        write_json(args.json, {"card": card, "versions": versions} | results)
     return 1 if wrong else 0
 
 
@@ -97,6 +112,61 @@ def check_results(model: SMSR, device: torch.device, size: tuple[int, int] = (37
         check = {"split": split, "density": density, "precision": name, "mean_difference": difference}
         checks.append(check | {"right": difference <= allowed})
     return checks
+
+
+def check_training(device: torch.device, compiled: bool = True) -> list[dict[str, object]]:
+    """Compare trainings of a small network, bit for bit; needs utility.be_deterministic."""
+    settings = StepSettings(precision=torch.bfloat16, compile=compiled, ema=0.9, gclip=1.0)
+    half, full = N_CHECKED_STEPS // 2, N_CHECKED_STEPS
+    expected = take_steps(build_small_step(device, settings), 0, full)
+    first = take_steps(build_small_step(device, settings), 0, half)
+    resumed = build_small_step(device, settings)
+    resumed.model.load_state_dict(first["model"])
+    resumed.load_state(first)
+    eager = build_small_step(device, dataclasses.replace(settings, compile=False))
+    if compiled:
+        eager.forward.compile(dynamic=False)
+    states = {"resumed": take_steps(resumed, half, full), "without a graph": take_steps(eager, 0, full)}
+    return [
+        {
+            "training": name,
+            "right": all(torch.equal(state["model"][key], value) for key, value in expected["model"].items()),
+        }
+        for name, state in states.items()
+    ]
+
+
+def build_small_step(device: torch.device, settings: StepSettings) -> TrainingStep:
+    """The step of a small network, with the same weights in every call."""
+    torch.manual_seed(0)
+    model = SMSR(2, n_feats=16, n_blocks=2, n_layers=2).train()
+    return build_step(model.to(device, memory_format=torch.channels_last), settings)
+
+
+def take_steps(step: TrainingStep, first: int, last: int) -> dict[str, object]:
+    """Take the steps `first` to `last` - 1 of a training and return its state."""
+    device = step.model.device
+    numbers = {"tau": 0.7, "lambda_": 0.1, "largest_loss": math.inf}
+    for index in range(first, last):
+        lr = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(index)).to(device) * 255
+        hr = lr.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        step(lr, hr, noise_seed=index, **{name: torch.tensor(value, device=device) for name, value in numbers.items()})
+    return copy.deepcopy(step.state())
+
+
+def measure_training(device: torch.device) -> dict[str, dict]:
+    """The times of steps and of whole epochs, of the size of the paper's."""
+    options = {
+        "precision": ["bf16"],
+        "compile": True,
+        "baseline": False,
+        "scale": 2,
+        "batch_size": 16,
+        "patch_size": 96,
+    }
+    args = argparse.Namespace(**options, repeats=15, epochs=3, steps=200)
+    steps = benchmark_train.time_steps(args, device)
+    return {"steps": steps, "epochs": benchmark_train.time_epochs(args, device, steps)}
 
 
 def with_dense_channels(model: SMSR, split: tuple[int, ...]) -> SMSR:

@@ -11,11 +11,15 @@ of steps run in one process and take turns, after a warm-up; times are medians.
     bf16      the step with --precision bf16
     half      the step with --precision half
     +compile  the step with --compile, too
+
+With --epochs, each kind of main.py's step is then run as a user would: whole epochs, with images from a folder. `waits`
+is the share of the time of an epoch in which the device would not be busy if its steps took as long as the bare ones.
 """
 
 import argparse
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +28,11 @@ import torch
 import torch.nn.functional as F
 
 from loss import build_loss
+from model.engines.graphs import WARM_UP
 from model.smsr import SMSR
-from option import positive_int
+from option import count, positive_int
 from tools.baselines import PlainTraining
+from tools.benchmark_epochs import measure_epochs
 from tools.timing import timed
 from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
 from utility import PRECISIONS, pick_device, write_json
@@ -46,15 +52,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--threads", type=positive_int, help="number of CPU threads (default: PyTorch's choice)")
     parser.add_argument("--repeats", type=positive_int, default=11, help="number of timed steps of each kind")
+    parser.add_argument("--epochs", type=count, default=0, help="also time this many whole epochs of each kind")
+    parser.add_argument("--steps", type=positive_int, default=100, help="batches per epoch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print a table, and write the results where --json asks for it. Raises InputError."""
+    """Measure, print tables, and write the results where --json asks for it. Raises InputError."""
     if args.threads:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
-    times = timed(build_steps(args, device), device, args.repeats)
+    steps = time_steps(args, device)
+    epochs = time_epochs(args, device, steps) if args.epochs else {}
+    if args.json:
+        settings = {key: getattr(args, key) for key in ("scale", "batch_size", "patch_size")}
+        settings |= {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        write_json(args.json, settings | {"steps": steps, "epochs": epochs})
+
+
+def time_steps(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
+    """Time and print bare steps, on the same patches again and again, by name."""
+    steps = build_steps(args, device)
+    for step in steps.values() if device.type == "cuda" else ():
+        for _ in range(WARM_UP):  # then it becomes a CUDA graph
+            step()
+    times = timed(steps, device, args.repeats)
     reference = times.get("baseline", times[next(iter(times))])
     rows = {
         name: {"step_ms": ms, "images_per_second": args.batch_size / ms * 1e3, "speedup": reference / ms}
@@ -63,10 +85,36 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'step':16} {'ms':>9} {'images/s':>9} {'speedup':>8}")
     for name, row in rows.items():
         print(f"{name:16} {row['step_ms']:9.1f} {row['images_per_second']:9.1f} {row['speedup']:8.2f}")
-    if args.json:
-        settings = {key: getattr(args, key) for key in ("scale", "batch_size", "patch_size")}
-        settings |= {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        write_json(args.json, settings | {"steps": rows})
+    return rows
+
+
+def time_epochs(args: argparse.Namespace, device: torch.device, steps: dict[str, dict]) -> dict[str, dict]:
+    """Time and print whole epochs of every kind of main.py's step; `steps` are the rows of the bare ones."""
+    rows = {}
+    print(f"{'epochs':16} {'images/s':>9} {'waits':>6} {'evaluation, first and second time':>34}")
+    for name, settings in step_kinds(args).items():
+        row = rows[name] = measure_epochs(
+            settings,
+            device,
+            scale=args.scale,
+            batch_size=args.batch_size,
+            patch_size=args.patch_size,
+            steps=args.steps,
+            epochs=args.epochs,
+        )
+        row["waits"] = 1 - row["images_per_second"] / steps[name]["images_per_second"]
+        first, second = row["evaluation_seconds"]
+        print(f"{name:16} {row['images_per_second']:9.1f} {row['waits']:6.0%} {first:26.2f} {second:5.2f} s")
+    return rows
+
+
+def step_kinds(args: argparse.Namespace) -> dict[str, StepSettings]:
+    """The kinds of main.py's step that the options ask for, by name."""
+    kinds = {}
+    for precision, compiled in itertools.product(args.precision, (False, True) if args.compile else (False,)):
+        name = f"{precision}+compile" if compiled else precision
+        kinds[name] = StepSettings(precision=PRECISIONS[precision], compile=compiled)
+    return kinds
 
 
 def build_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -82,12 +130,9 @@ def build_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Cal
     lr, hr = (images.contiguous(memory_format=torch.channels_last) for images in (lr, hr))
     numbers = {"tau": TAU, "lambda_": LAMBDA, "largest_loss": math.inf}
     schedule = {name: torch.tensor(value, device=device) for name, value in numbers.items()}
-    for precision in args.precision:
-        for compiled in (False, True) if args.compile else (False,):
-            own = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
-            step = build_step(own, StepSettings(precision=PRECISIONS[precision], compile=compiled))
-            name = f"{precision}+compile" if compiled else precision
-            steps[name] = functools.partial(step, lr, hr, **schedule, noise_seed=0)
+    for name, settings in step_kinds(args).items():
+        step = build_step(copy.deepcopy(model).to(device, memory_format=torch.channels_last), settings)
+        steps[name] = functools.partial(step, lr, hr, **schedule, noise_seed=0)
     return steps
 
 

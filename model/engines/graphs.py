@@ -24,7 +24,7 @@ def capture(
     They always read from these inputs, and overwrite these results. stream: where they are recorded; None: a new one
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may load data
         results = function(*inputs)
     return graph.replay, results
 

@@ -1,9 +1,12 @@
+import itertools
+
 import pytest
 import torch
 
 from model.smsr import SMSR
 from tools import benchmark, benchmark_gpu
-from tools.benchmark_gpu import check_results, with_dense_channels
+from tools.benchmark_gpu import check_results, check_training, with_dense_channels
+from training_step import TrainingStep
 from utility import InputError
 
 
@@ -51,3 +54,19 @@ def test_channel_splits(model):
     assert torch.equal(unchanged.blocks[0].hard_channel_mask(), model.blocks[0].hard_channel_mask())
     x = torch.rand(1, 3, 6, 6)
     assert torch.equal(unchanged(x), model(x))
+
+
+def test_trainings_are_compared(monkeypatch):
+    names = ["resumed", "without a graph"]
+    device = torch.device("cpu")
+    assert check_training(device, compiled=False) == [{"training": name, "right": True} for name in names]
+    build_small_step, seeds = benchmark_gpu.build_small_step, itertools.count()
+
+    def differ(*args):
+        step = build_small_step(*args)
+        step.model.head[0].bias.data += next(seeds)
+        return step
+
+    monkeypatch.setattr(benchmark_gpu, "build_small_step", differ)
+    monkeypatch.setattr(TrainingStep, "load_state", lambda *_: None)
+    assert check_training(device, compiled=False) == [{"training": name, "right": False} for name in names]

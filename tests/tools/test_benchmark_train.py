@@ -1,10 +1,12 @@
 import copy
 import json
+import math
 
 import pytest
 import torch
 
 from model.smsr import SMSR
+from tools import benchmark_epochs
 from tools.baselines import PlainTraining, block_with_branches
 from tools.benchmark import main
 from tools.benchmark_train import build_step
@@ -25,7 +27,8 @@ def test_the_plain_loop_takes_the_same_step_as_main(monkeypatch):
     plain = PlainTraining(copy.deepcopy(model))
     loss = plain.step(lr, hr, 0.7, 0.1)
     step = build_step(model, StepSettings())
-    result = step(lr, hr, tau=torch.tensor(0.7), lambda_=torch.tensor(0.1), noise_seed=0)
+    numbers = {"tau": 0.7, "lambda_": 0.1, "largest_loss": math.inf}
+    result = step(lr, hr, noise_seed=0, **{name: torch.tensor(value) for name, value in numbers.items()})
     assert loss == pytest.approx(result.values[result.names.index("loss")].item(), rel=1e-5)
     for ours, theirs in zip(model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
@@ -41,3 +44,22 @@ def test_steps_are_timed(tmp_path, capsys):
     for row in report["steps"].values():
         assert row["images_per_second"] == pytest.approx(2 / row["step_ms"] * 1e3)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "baseline", "single", "bf16"]
+
+
+def test_epochs_are_timed(monkeypatch):
+    monkeypatch.setattr(benchmark_epochs, "TRAIN_SIZE", (40, 50))
+    monkeypatch.setattr(benchmark_epochs, "TEST_SIZE", (24, 30))
+    monkeypatch.setattr(benchmark_epochs, "N_TEST_IMAGES", 2)
+    row = benchmark_epochs.measure_epochs(
+        StepSettings(),
+        torch.device("cpu"),
+        batch_size=2,
+        patch_size=8,
+        steps=3,
+        epochs=1,
+        n_threads=0,
+        model=SMSR(2, n_feats=8, n_blocks=1, n_layers=1),
+    )
+    assert row["images_per_second"] == pytest.approx(6 / row["epoch_seconds"])
+    assert row["loader"] == "PatchLoader"
+    assert all(seconds > 0 for seconds in row["evaluation_seconds"])
