@@ -598,6 +598,29 @@ def test_steps_between_two_updates_of_the_display_do_not_wait_for_the_device(bui
             waiting()
 
 
+class Launches(NoReading):
+    """Counts what starts a kernel, too."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+def test_around_a_step_in_a_graph_few_kernels_are_launched(build):
+    trainer = build()
+    trainer.fit(1)
+    batch = next(iter(trainer.loader))
+    step = trainer.run_step(*batch)
+    trainer.training_step._run = lambda *inputs: (step.values, step.is_good, *step.masks)  # a graph is one launch
+    with Launches() as launches:
+        for _ in range(2):
+            result = trainer.run_step(*batch)
+            trainer.means.add(result.names, result.values, result.is_good)
+    assert launches.count <= 2 * 25
+
+
 # ---- skipped steps ---------------------------------------------------------------------------------------------------
 
 
