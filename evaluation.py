@@ -32,7 +32,8 @@ def evaluate(
 
     Args:
         predict: runs the network, see model/inference.py; None: model.inference
-        save: called with (name, LR, SR, masks) of each image: uint8 (H, W, C), and bool (K, H, W) without padding
+        save: called with (name, LR, SR, masks) of each image: uint8 or uint16 (H, W, C), and bool (K, H, W) without
+            padding
         warm_up: run the first image once before measuring times
 
     Raises InputError if an image does not fit in memory.
@@ -58,7 +59,7 @@ def evaluate(
 
 
 def _run(model, name, lr, predict, warm_up):
-    """Upscale an image: uint8 (H, W, C) -> uint8 (sH, sW, C), its Cost, and the seconds it took."""
+    """Upscale an image (H, W, C) -> (sH, sW, C) of the same type, its Cost, and the seconds it took."""
     x = model.to_input(lr[None])
     try:
         if warm_up:
@@ -68,7 +69,7 @@ def _run(model, name, lr, predict, warm_up):
         sr, cost = predict(x)
         synchronize(model.device)
         seconds = time.perf_counter() - started
-        return model.to_images(sr)[0].cpu().numpy(), cost, seconds
+        return model.to_images(sr, lr.dtype)[0].cpu().numpy(), cost, seconds
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
