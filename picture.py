@@ -143,7 +143,9 @@ def image_size(path: Path) -> tuple[int, int]:
             size, orientation = (page.imagelength, page.imagewidth), _tiff_orientation(page)
         else:
             with Image.open(file) as image:
+                position = file.tell()
                 if image.format == "PNG" and _is_oriented_behind_pixels(file):
+                    file.seek(position)
                     image.load()
                 orientation = _orientation(image)
                 size = image.size[::-1]
@@ -168,10 +170,12 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
             yield file
-    except (InputError, MemoryError):
+    except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
+    except MemoryError:
+        raise InputError(f"{path}: not enough memory to read it; split it into smaller images") from None
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
         raise InputError(f"{path}: has more than {limit:.0f} megapixels; split it into smaller images") from None
@@ -221,9 +225,10 @@ def _decode_with_pillow(file, path):
 def _channels(image, file, path):
     """The channels of a loaded image: gray, gray and alpha, RGB, or RGBA."""
     if image.format == "PNG":
-        file.seek(24)
-        depth, color_type = file.read(2)
+        depth, color_type = _read_at(file, 24, 2)
         if depth == 16 and image.mode != "I;16":
+            if max(end for _, end, _ in _png_chunks(file)) > os.fstat(file.fileno()).st_size:
+                raise ValueError("cut off")  # OpenCV allocates the lengths that chunks claim, up to 4 GiB each
             channels = _decode_with_opencv(file, path)
             return channels[..., ::3] if color_type == 4 else channels  # OpenCV repeats the gray of gray and alpha
     if image.mode.startswith("I;16"):
@@ -251,38 +256,46 @@ def _orientation(image):
 
 
 def _is_oriented_behind_pixels(file):
-    """Whether a PNG file has chunks after its pixels that may hold the orientation. Keeps the position in the file."""
-    position, after_pixels, found = file.tell(), False, False
-    file.seek(len(PNG_START))
-    while not found and len(header := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", header)
-        key = file.read(min(length, 20)) if after_pixels else b""
-        found = after_pixels and (kind == b"eXIf" or key.startswith(ORIENTED_TEXTS))
+    """Whether a PNG file has chunks after its pixels that may hold the orientation."""
+    after_pixels = False
+    for kind, _, start in _png_chunks(file):
+        if after_pixels and (kind == b"eXIf" or start.startswith(ORIENTED_TEXTS)):
+            return True
         after_pixels = after_pixels or kind == b"IDAT"
-        file.seek(length - len(key) + 4, os.SEEK_CUR)
+    return False
+
+
+def _png_chunks(file):
+    """Yield (type, end in the file, first bytes) of each chunk of a PNG file."""
+    position = len(PNG_START)
+    while len(header := _read_at(file, position, 8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        position += length + 12
+        yield kind, position, file.read(min(length, 20))
+
+
+def _read_at(file, position, count):
     file.seek(position)
-    return found
+    return file.read(count)
 
 
 def _netpbm_max_value(image, file):
     """The value of white in a PGM or PPM file that was opened but not loaded; 1 in other files of the family."""
     if image.mode not in ("L", "I", "RGB"):
         return 1
-    file.seek(0)
-    return int(file.read(image.tile[0].offset).split()[-1])
+    return int(_read_at(file, 0, image.tile[0].offset).split()[-1])
 
 
 def _decode_netpbm(image, file, max_value):
     """Decode a PGM or PPM file with more than 8 bits -> uint16 (H, W, 1 or 3), full range. Pillow keeps 8 of them."""
     (width, height), n_colors = image.size, 3 if image.mode == "RGB" else 1
-    file.seek(0)
-    is_text = file.read(2) in (b"P2", b"P3")
-    file.seek(image.tile[0].offset)
     count = width * height * n_colors
+    is_text = _read_at(file, 0, 2) in (b"P2", b"P3")
+    content = _read_at(file, image.tile[0].offset, -1 if is_text else 2 * count)
     if is_text:
-        values = np.fromstring(re.sub(rb"#[^\r\n]*", b"", file.read()), np.float64, count, sep=" ")
+        values = np.array(re.sub(rb"#[^\r\n]*", b"", content).split()[:count]).astype(np.float64)
     else:
-        values = np.frombuffer(file.read(2 * count), ">u2").astype(np.float64)
+        values = np.frombuffer(content, ">u2").astype(np.float64)
     scaled = np.rint(values.clip(0, max_value) * (65535 / max_value))
     return scaled.astype(np.uint16).reshape(height, width, n_colors)
 
@@ -294,8 +307,7 @@ def _decode_with_opencv(file, path):
         import cv2
     except ImportError:
         raise InputError(f"{path}: 16 bits per channel need OpenCV; pip install opencv-python-headless") from None
-    file.seek(0)
-    image = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    image = cv2.imdecode(np.frombuffer(_read_at(file, 0, -1), np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None:
         raise ValueError("OpenCV cannot decode it")
     if image.ndim == 2:
@@ -332,8 +344,10 @@ def _open_deep_tiff(file, path):
     if bits != 16 or page.sampleformat != tifffile.SAMPLEFORMAT.UINT:
         kind = f"{bits} bits" if bits != 16 else "signed or floating-point values"
         raise InputError(f"{path}: has {kind} per channel; convert it to 8 or 16 bits, unsigned")
-    if page.imagelength * page.imagewidth > 2 * Image.MAX_IMAGE_PIXELS:
+    if page.imagelength * page.imagewidth * page.samplesperpixel > 8 * Image.MAX_IMAGE_PIXELS:  # twice, four channels
         raise Image.DecompressionBombError
+    if page.compression == 1 and page.nbytes > page.parent.filehandle.size:
+        raise ValueError("cut off")
     return page
 
 
@@ -351,16 +365,21 @@ def _decode_deep_tiff(page, file, path):
     colors = samples[..., : TIFF_COLORS[space]]
     if space == "MINISWHITE":
         colors = 65535 - colors
-    extra = page.extrasamples[:1]  # 1: alpha that the colors were multiplied by; 2: alpha; 0: something else
+    # 1: alpha that the colors were multiplied by; 2: alpha, as without the tag; 0: something else
+    extra = page.extrasamples[:1] or (2,)
     alpha = samples[..., colors.shape[2] :][..., :1] if extra in ((1,), (2,)) else samples[..., :0]
     if extra == (1,):
         colors = np.rint(colors / np.maximum(alpha / 65535, 1 / 65535)).clip(0, 65535).astype(np.uint16)
     tag = page.tags.get(ICC_PROFILE)
     profile = tag and bytes(tag.value)
     if space == "SEPARATED":
-        colors = _convert_to_srgb(Image.fromarray(to_8_bits(colors), "CMYK"), profile, path)
+        colors = _convert_to_srgb(_cmyk_image(to_8_bits(colors)), profile, path)
         alpha, profile = to_8_bits(alpha), None
     return np.concatenate([colors, alpha], axis=2), profile, orientation
+
+
+def _cmyk_image(array):
+    return Image.frombytes("CMYK", array.shape[1::-1], array.tobytes())
 
 
 def _read_samples(page, file, path):
@@ -389,23 +408,27 @@ def _color_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform]:
     """The color space of an ICC profile, as in CMS_MODES, and the transform from there to sRGB. Raises if broken."""
     opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space = opened.profile.xcolor_space.strip().upper()
-    return space, ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), CMS_MODES[space], "RGB")
+    # The tables that make transforms of large images fast are too coarse for the dark tones of linear gray.
+    flags = ImageCms.Flags.NOOPTIMIZE if space == "GRAY" else ImageCms.Flags.NONE
+    srgb = ImageCms.createProfile("sRGB")
+    return space, ImageCms.buildTransform(opened, srgb, inMode=CMS_MODES[space], outMode="RGB", flags=flags)
 
 
 def _to_srgb(pixels, transform):
     """Pixels (H, W, 1 or 3) -> sRGB (H, W, 3). Gray keeps its depth; RGB of 16 bits is reduced to 8."""
     if pixels.shape[2] == 3:
         return np.asarray(transform.apply(Image.fromarray(to_8_bits(pixels))))
-    curve = np.asarray(transform.apply(Image.fromarray(np.arange(256, dtype=np.uint8)[None])))[0]  # (256, 3)
+    ramp = np.arange(256, dtype=np.uint8)[None]
+    curve = np.asarray(transform.apply(Image.fromarray(ramp)))[0, :, 0].astype(np.float64)  # the same for all colors
     factor = np.iinfo(pixels.dtype).max // 255
-    knots = np.arange(256) * factor
-    colors = [np.interp(pixels[..., 0], knots, curve[:, color] * factor) for color in range(3)]
-    return np.rint(np.stack(colors, axis=2)).astype(pixels.dtype)
+    gray = np.interp(pixels[..., 0], np.arange(256) * factor, curve * factor)
+    return to_colors(np.rint(gray).astype(pixels.dtype)[..., None], 3)
 
 
 def _convert_to_srgb(image, profile, path):
     """A CMYK or CIELAB image -> sRGB, uint8 (H, W, 3)."""
-    profile = profile or (ImageCms.createProfile("LAB").tobytes() if image.mode == "LAB" else None)
+    if image.mode == "LAB":
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     if profile:
         try:
             return np.asarray(_color_transform(profile)[1].apply(image))

@@ -132,10 +132,7 @@ def _free_memory():
 
 def upscale(path: Path, network: Network) -> Picture:
     """Read and upscale an image file. Raises InputError if it cannot be read or is too large."""
-    try:
-        picture = read_picture(path, network.n_colors)
-    except MemoryError:
-        raise InputError(f"{path}: too large to read; cut it into parts") from None
+    picture = read_picture(path, network.n_colors)
     try:
         return picture.with_upscaled(network(picture.pixels))
     except InputError as mistake:
