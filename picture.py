@@ -42,15 +42,11 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_COLORS = {"MINISWHITE": 1, "MINISBLACK": 1, "RGB": 3, "SEPARATED": 4}  # channels without alpha
 ORIENTED_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type ")  # keys of PNG texts that may hold the orientation
 PNG_START = b"\x89PNG\r\n\x1a\n"
-CMS_MODES = {
-    "GRAY": "L",
-    "RGB": "RGB",
-    "CMYK": "CMYK",
-    "LAB": "LAB",
-}  # color space of an ICC profile: mode
+CMS_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB"}  # color space of an ICC profile: mode
 NOT_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow recognizes but cannot decode
 FOREIGN_KINDS = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".avif": "AVIF", ".jxl": "JPEG XL"}
-HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+BRANDS = dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC")
+BRANDS |= dict.fromkeys((b"avif", b"avis"), "AVIF")  # bytes 8 to 11 of a file
 
 PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # some programs store workflows or profiles of several MiB
 PngImagePlugin.MAX_TEXT_MEMORY = 256 * 2**20
@@ -67,13 +63,11 @@ class Picture:
 
     def with_upscaled(self, pixels: np.ndarray) -> "Picture":
         """The picture of these upscaled pixels (sH, sW, C), with alpha (bicubic) and profile of this one."""
-        alpha = self.alpha
-        if alpha is not None:
-            size, levels = pixels.shape[1::-1], np.iinfo(pixels.dtype).max
-            share = Image.fromarray(alpha / np.float32(np.iinfo(alpha.dtype).max)).resize(
-                size, Image.Resampling.BICUBIC
-            )
-            alpha = np.rint(np.asarray(share).clip(0, 1) * levels).astype(pixels.dtype)
+        if self.alpha is None:
+            return Picture(pixels, None, self.profile)
+        opacity = Image.fromarray(self.alpha / np.float32(np.iinfo(self.alpha.dtype).max))  # 0...1
+        opacity = np.asarray(opacity.resize(pixels.shape[1::-1], Image.Resampling.BICUBIC)).clip(0, 1)
+        alpha = np.rint(opacity * np.iinfo(pixels.dtype).max).astype(pixels.dtype)
         return Picture(pixels, alpha, self.profile)
 
 
@@ -102,7 +96,7 @@ def read_picture(path: Path, n_colors: int = 3) -> Picture:
     ignored. Raises InputError as `decode` does.
     """
     picture = decode(path)
-    pixels, profile = picture.pixels, picture.profile
+    pixels, alpha, profile = picture.pixels, picture.alpha, picture.profile
     if profile:
         wanted, stored = ("GRAY" if n == 1 else "RGB" for n in (n_colors, pixels.shape[2]))
         try:
@@ -114,7 +108,9 @@ def read_picture(path: Path, n_colors: int = 3) -> Picture:
         elif space != wanted:
             _warn_of_profile(path)
             profile = None
-    return Picture(to_colors(pixels, n_colors), picture.alpha, profile)
+    if alpha is not None and alpha.dtype != pixels.dtype:
+        alpha = to_8_bits(alpha)
+    return Picture(to_colors(pixels, n_colors), alpha, profile)
 
 
 def decode(path: Path) -> Picture:
@@ -193,10 +189,11 @@ def _foreign_kind(path):
     with open(path, "rb") as file:
         start = file.read(12)
     if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        return "JPEG XL"
-    if start[4:8] != b"ftyp":
-        return ""
-    return "HEIC" if start[8:12] in HEIC_BRANDS else "AVIF" if start[8:12] in (b"avif", b"avis") else ""
+        kind = "JPEG XL"
+    else:
+        kind = BRANDS.get(start[8:12], "") if start[4:8] == b"ftyp" else ""
+    readable = {FOREIGN_KINDS[extension] for extension in FOREIGN_KINDS.keys() & _extensions()}
+    return "" if kind in readable else kind
 
 
 # ---- what Pillow reads -----------------------------------------------------------------------------------------------
@@ -210,7 +207,7 @@ def _decode_with_pillow(file, path):
         if image.mode in ("I", "F"):
             raise InputError(f"{path}: has 32 bits per channel; convert it to 8 or 16")
         if image.format == "TIFF":
-            _orientation(image)  # Pillow turns TIFFs when it loads them, and fails if the EXIF data is broken and new
+            _orientation(image)  # Pillow turns TIFFs when it loads them; broken EXIF data only fails the first time
             image.load()
             orientation = 1
         else:
@@ -267,8 +264,8 @@ def _is_oriented_behind_pixels(file):
 
 def _png_chunks(file):
     """Yield (type, end in the file, first bytes) of each chunk of a PNG file."""
-    position = len(PNG_START)
-    while len(header := _read_at(file, position, 8)) == 8:
+    position, kind = len(PNG_START), b""
+    while kind != b"IEND" and len(header := _read_at(file, position, 8)) == 8:
         length, kind = struct.unpack(">I4s", header)
         position += length + 12
         yield kind, position, file.read(min(length, 20))
@@ -334,7 +331,7 @@ def _open_deep_tiff(file, path):
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what is odd about a file
     try:
         page = tifffile.TiffFile(file).pages[0]
-    except (tifffile.TiffFileError, IndexError):  # Pillow may be able to read it, or names the problem
+    except Exception:  # tifffile raises many types; Pillow may be able to read the file, or names the problem
         return None
     finally:
         file.seek(0)
@@ -384,8 +381,9 @@ def _cmyk_image(array):
 
 def _read_samples(page, file, path):
     """All samples of a page, uint16 (H, W, samples), and the orientation to apply."""
-    packed, planes_apart = page.compression != 1, page.planarconfig == 2
-    if packed and not planes_apart and page.samplesperpixel in (1, 3, 4) and page.photometric != 5:
+    is_packed, planes_apart = page.compression != 1, page.planarconfig == 2
+    is_simple = page.samplesperpixel in (1, 3, 4) and page.photometric.name != "SEPARATED"
+    if is_packed and is_simple and not planes_apart:
         return _decode_with_opencv(file, path), 1  # OpenCV turns TIFFs itself, and misreads planes that are apart
     try:
         samples = page.asarray(squeeze=False)  # (planes, depth, H, W, samples per plane)

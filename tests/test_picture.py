@@ -140,9 +140,7 @@ def test_an_orientation_without_sense_is_ignored(tmp_path, form, entry):
 FAR_AWAY = b"Exif\0\0II*\0" + struct.pack("<IHHHII", 8, 1, 0x0112, 12, 1, 10**6)  # a value behind the end of the data
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"II*\0" * 9, FAR_AWAY]
-)
+@pytest.mark.parametrize("data", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"II*\0" * 9, FAR_AWAY])
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 def test_broken_exif_data_is_ignored(tmp_path, form, data):
     Image.fromarray(RGB).save(tmp_path / "a", form, exif=data)
@@ -281,6 +279,8 @@ def test_png_round_trip(tmp_path, channels, deep, has_profile, size, seed):
 def test_a_16_bit_png_that_is_cut_off_is_named(tmp_path):
     content = encode_png(Picture(DEEP[..., :3]))
     path = tmp_path / "a.png"
+    path.write_bytes(content + b"more than a file of 16 bits should have")
+    assert np.array_equal(decode(path).pixels, DEEP[..., :3])
     for length in (40, len(content) // 2, len(content) - 30):
         path.write_bytes(content[:length])
         with pytest.raises(InputError, match="not an image, or broken"):
@@ -372,6 +372,13 @@ def test_colors_with_a_profile_become_gray_through_srgb(tmp_path):
     assert picture.profile is None
 
 
+def test_colors_and_alpha_have_the_same_depth(tmp_path):
+    (tmp_path / "a.png").write_bytes(encode_png(Picture(DEEP[..., :3], DEEP[..., 3], icc.rgb_profile())))
+    for n_colors in (1, 3):
+        picture = read_picture(tmp_path / "a.png", n_colors)
+        assert picture.pixels.dtype == picture.alpha.dtype == (np.uint8 if n_colors == 1 else np.uint16)
+
+
 def test_an_rgb_profile_of_a_gray_image_is_kept(tmp_path):
     Image.fromarray(RGB[..., 0]).save(tmp_path / "a.png", icc_profile=icc.rgb_profile())
     assert read_picture(tmp_path / "a.png").profile == icc.rgb_profile()
@@ -448,6 +455,13 @@ def test_newer_formats_are_named_whatever_the_extension(tmp_path, kind, name):
     for read in (decode, image_size):
         with pytest.raises(InputError, match=rf"{name}: {kind} images cannot be read here; convert it to PNG or JPEG"):
             read(tmp_path / name)
+
+
+def test_a_broken_file_of_a_readable_format_is_called_broken(tmp_path):
+    pytest.importorskip("PIL._avif")
+    (tmp_path / "a.avif").write_bytes(b"\0\0\0\x18ftypavif" + bytes(100))
+    with pytest.raises(InputError, match=r"a\.avif: not an image, or broken"):
+        decode(tmp_path / "a.avif")
 
 
 def test_other_files_of_a_folder_are_named_by_kind(tmp_path):
