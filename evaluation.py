@@ -34,7 +34,8 @@ def evaluate(
 
     Args:
         predict: runs the network, see model/inference.py; None: model.inference
-        save: called with (name, LR, SR, masks) of each image: uint8 (H, W, C), and bool (K, H, W) without padding
+        save: called with (name, LR, SR, masks) of each image: uint8 or uint16 (H, W, C), and bool (K, H, W) without
+            padding
         warm_up: run the first image once before measuring times
 
     Raises InputError if an image does not fit in memory.
@@ -78,7 +79,7 @@ def _compute_at_once(function, *args, **options):
 
 
 def _run(model, name, lr, predict, warm_up):
-    """Upscale an image: uint8 (H, W, C) -> uint8 (sH, sW, C), its Cost, and the seconds it took."""
+    """Upscale an image (H, W, C) -> (sH, sW, C) of the same type, its Cost, and the seconds it took."""
     x = model.to_input(lr[None])
     try:
         if warm_up:
@@ -88,7 +89,7 @@ def _run(model, name, lr, predict, warm_up):
         sr, cost = predict(x)
         synchronize(model.device)
         seconds = time.perf_counter() - started
-        return to_numpy(model.to_images(sr)[0]), cost, seconds
+        return to_numpy(model.to_images(sr, lr.dtype)[0]), cost, seconds
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

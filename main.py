@@ -28,6 +28,7 @@ from loss.adversarial import AdversarialSettings
 from model import StateDict, build_model, read_weights
 from model.inference import build_predictor
 from model.network import Network, Predict
+from picture import to_8_bits
 from recovery import resume_hint
 from summary import TensorBoard, check_tensorboard
 from trainer import Schedules, Trainer, TrainSettings, dry_run
@@ -205,10 +206,12 @@ def test_set(
 
     def save(name, lr, sr, masks):
         stem = f"{name}_x{args.scale}"
-        if args.save_results or not images.has_hr:
+        if not images.has_hr:
+            write_png(folder / f"{stem}_SR.png", images.source(name).with_upscaled(sr))
+        elif args.save_results:
             write_png(folder / f"{stem}_SR.png", sr)
         if args.save_masks:
-            save_masks(folder, stem, lr=lr, sr=sr, masks=masks)
+            save_masks(folder, stem, lr=to_8_bits(lr), sr=to_8_bits(sr), masks=masks)
 
     metrics = evaluate(model, images, predict, save)
     if not distributed.is_main_process():

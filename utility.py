@@ -1,4 +1,4 @@
-"""Errors, devices and files: what every other module builds on."""
+"""Programs, devices and files: what every other module builds on."""
 
 import contextlib
 import io
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from files import InputError, write_whole
+
 try:
     import resource
 except ImportError:  # on Windows
@@ -28,25 +30,6 @@ PRECISIONS = {"single": torch.float32, "half": torch.float16, "bf16": torch.bflo
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
-
-
-class InputError(Exception):
-    """A user's mistake, described in one line: what is wrong and what to do.
-
-    argument: name of the setting at fault, which the command line shows as its flag; None if the message names a file
-    """
-
-    def __init__(self, message: str, argument: str | None = None):
-        super().__init__(message)
-        self.argument = argument
-
-    def __str__(self) -> str:
-        # A worker process of a data loader puts its whole traceback in front of the message.
-        return super().__str__().strip().rpartition("InputError: ")[2]
-
-    def for_command_line(self) -> str:
-        """The message, with the flag of the argument at fault in front of it."""
-        return f"--{self.argument}: {self}" if self.argument else str(self)
 
 
 def run_program(main: Callable[[], int | None], memory_hint: str = "use smaller images") -> None:
@@ -201,24 +184,6 @@ def free_memory_in_cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path(
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def write_whole(path: str | Path, content: bytes) -> None:
-    """Write bytes to a temporary file next to `path`, then rename it: readers see the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = str(path)  # the error of a full disk does not name the file
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: str | Path, seconds: float = 0.0) -> None:

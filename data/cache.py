@@ -12,7 +12,9 @@ cached file appears by rename, so no process ever sees an incomplete one.
 
 import functools
 import glob
+import hashlib
 import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from data.image import read_image
 from utility import InputError, in_parallel, remove_unfinished, write_whole
 
 CACHE_KINDS = ("img", "sep", "sep_reset", "bin", "device")
+MAX_NAME_BYTES = 180  # longer names are replaced by a hash
 STALE_SECONDS = 3600  # younger unfinished files may belong to a process that is still writing them
 
 
@@ -88,7 +91,9 @@ def _write_cached(path, root, n_colors, rebuild):
     """Write the cached file of an image unless it exists, remove outdated ones, and return its path."""
     stat = path.stat()
     folder = _folder(path, root)
-    stem = f"{path.name}.{n_colors}c"
+    encoded = os.fsencode(path.name)  # file systems limit names to 255 bytes
+    name = path.name if len(encoded) <= MAX_NAME_BYTES else hashlib.sha256(encoded).hexdigest()
+    stem = f"{name}.{n_colors}c"
     cached = folder / f"{stem}.{stat.st_size}-{stat.st_mtime_ns}.npy"
     if rebuild or not cached.exists():
         content = io.BytesIO()

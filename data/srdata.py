@@ -14,6 +14,7 @@ from data import cache
 from data.image import image_size, read_image
 from data.imageset import ImageSet
 from data.prefetch import Prefetcher
+from picture import Picture, read_picture
 from utility import InputError
 
 CPU = torch.device("cpu")
@@ -169,6 +170,9 @@ class PatchLoader(DataLoader):
 class WholeImages(Dataset):
     """The images of a set: (name, LR (H, W, n_colors), HR (sH, sW, n_colors) or None), uint8 arrays.
 
+    Without an HR image, LR looks like the image in its file, see `picture.read_picture`, and is uint16 if the file has
+    16 bits per channel.
+
     Raises InputError if the set is empty.
     """
 
@@ -181,13 +185,20 @@ class WholeImages(Dataset):
         self.name, self.benchmark, self.has_hr = images.name, images.benchmark, images.has_hr
         self.names, self.paths = list(images.pairs), list(images.pairs.values())
         self.scale, self.n_colors = scale, n_colors
+        # Of one image, because `source` follows the reading of its pixels.
+        self._read_picture = functools.lru_cache(maxsize=1)(functools.partial(read_picture, n_colors=n_colors))
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def source(self, name: str) -> Picture:
+        """An image without HR image as it is in its file, with alpha and color profile. Raises InputError."""
+        return self._read_picture(self.paths[self.names.index(name)][1])
+
     def __getitem__(self, index: int) -> tuple[str, np.ndarray, np.ndarray | None]:
         hr_path, lr_path = self.paths[index]
-        lr = np.array(read_image(lr_path, self.n_colors))  # a writable copy, which torch.from_numpy asks for
+        stored = self._read_picture(lr_path).pixels if hr_path is None else read_image(lr_path, self.n_colors)
+        lr = np.array(stored)  # a writable copy, which torch.from_numpy asks for
         if hr_path is None:
             return self.names[index], lr, None
         height, width = lr.shape[0] * self.scale, lr.shape[1] * self.scale

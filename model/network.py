@@ -122,33 +122,39 @@ class Network(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def to_input(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """uint8 (N, H, W, n_colors) -> (N, n_colors, H, W) in 0...rgb_range, channels-last, as the network takes it."""
+        """uint8 or uint16 (N, H, W, n_colors) -> (N, n_colors, H, W) in 0...rgb_range, channels-last, as forward takes.
+
+        All bits are kept as far as the precision of the network allows.
+        """
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(np.require(images, requirements=("C", "W")))
+        levels = torch.iinfo(images.dtype).max
         if self.device.type == "cuda" and not images.is_cuda:
             images = images.pin_memory()  # else the copy would wait for the GPU
         x = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float(memory_format=torch.channels_last)
-        return (x * (self.rgb_range.float() / 255)).to(self.dtype)
+        return (x * (self.rgb_range.float() / levels)).to(self.dtype)
 
-    def to_images(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, n_colors, H, W) in 0...rgb_range -> uint8 (N, H, W, n_colors), clamped and rounded, on its device."""
-        x = (x.float() * (255 / self.rgb_range.float())).clamp(0, 255).round()
-        return x.byte().permute(0, 2, 3, 1)
+    def to_images(self, x: torch.Tensor, dtype: np.dtype = np.uint8) -> torch.Tensor:
+        """(N, n_colors, H, W) in 0...rgb_range -> (N, H, W, n_colors), clamped and rounded to uint8 or uint16."""
+        levels = np.iinfo(dtype).max
+        x = (x.float() * (levels / self.rgb_range.float())).clamp(0, levels).round()
+        return x.to(torch.uint8 if levels == 255 else torch.uint16).permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def upscale(self, image: np.ndarray, predict: Predict | None = None) -> np.ndarray:
-        """uint8 (H, W, n_colors) -> uint8 (scale H, scale W, n_colors).
+        """uint8 or uint16 (H, W, n_colors) -> (scale H, scale W, n_colors) of the same type.
 
         predict: runs the network, see inference.build_predictor; None: self.inference
         Raises InputError if the array is not such an image.
         """
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != self.n_colors or not image.size:
+        is_image = image.dtype in (np.uint8, np.uint16) and image.ndim == 3 and image.shape[2] == self.n_colors
+        if not is_image or not image.size:
             raise InputError(
-                f"this network upscales uint8 arrays (H, W, {self.n_colors}), not {image.dtype} {image.shape}; "
-                "convert the image"
+                f"this network upscales uint8 or uint16 arrays (H, W, {self.n_colors}), "
+                f"not {image.dtype} {image.shape}; convert the image"
             )
         sr, _ = (predict or self.inference)(self.to_input(image[None]))
-        return to_numpy(self.to_images(sr)[0])
+        return to_numpy(self.to_images(sr, image.dtype)[0])
 
     def _apply_settings(self) -> None:
         """Derive what depends on the settings; called after they were loaded."""

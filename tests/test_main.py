@@ -19,6 +19,7 @@ import torch
 
 from checkpoint import Experiment
 from data.device import DeviceLoader
+from data.image import write_png
 from data.resize import downscale
 from data.srdata import PatchLoader
 from evaluation import compare
@@ -26,6 +27,8 @@ from main import build_loader, main
 from model import EDSR, SMSR, load_model
 from model.inference import self_ensemble
 from option import parse
+from picture import Picture, read_picture, to_colors
+from tests import icc
 from tools import compare as compare_tool
 from tools import export_onnx
 from utility import InputError, run_program
@@ -251,6 +254,37 @@ def test_demo_writes_images_and_logs_that_nothing_is_measured(folder, capsys):
     assert read_sr("check", "own", "results-demo-x2").shape == (40, 48, 3)
     assert "no HR images" in capsys.readouterr().out
     assert read_metrics("check", "results-demo-x2")["psnr_y"] is None
+
+
+def test_results_of_demo_keep_depth_alpha_and_profile(folder, tiny):
+    rng = np.random.default_rng(0)
+    name = "写" * 79  # 241 bytes with .png
+    pictures = {
+        name: Picture(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8), profile=icc.rgb_profile()),
+        "deep": Picture(rng.integers(0, 2**16, (8, 10, 3), dtype=np.uint16), rng.integers(0, 9, (8, 10), np.uint16)),
+        "gray": Picture(rng.integers(0, 256, (7, 6, 1), dtype=np.uint8), rng.integers(0, 256, (7, 6), np.uint8)),
+    }
+    for stem, picture in pictures.items():
+        write_png(folder / f"photos/{stem}.png", picture)
+    run("--data_test demo --dir_demo photos --pre_train weights.pt --test_only --save_masks --save check")
+    for stem, picture in pictures.items():
+        sr = read_picture(folder / f"experiment/check/results-demo-x2/{stem}_x2_SR.png")
+        expected = picture.with_upscaled(tiny.eval().upscale(to_colors(picture.pixels, 3)))
+        assert sr.pixels.dtype == picture.pixels.dtype
+        assert np.abs(sr.pixels.astype(int) - expected.pixels).max() <= 1
+        assert np.array_equal(sr.alpha, expected.alpha)
+        assert sr.profile == picture.profile
+
+
+def test_other_files_in_the_folder_of_demo_are_named_and_skipped(folder, capsys):
+    shutil.copytree("data/Tiny/LR_bicubic/X2", "photos")
+    Path("photos/Thumbs.db").write_bytes(b"")
+    Path("photos/phone.heic").write_bytes(b"")
+    run("--data_test demo --dir_demo photos --pre_train weights.pt --test_only --save check")
+    lines = capsys.readouterr().out.splitlines()
+    assert "photos: skipped Thumbs.db: not images" in lines
+    assert "photos: skipped phone.heic: HEIC images cannot be read here; convert them to PNG or JPEG" in lines
+    assert len(list(Path("experiment/check/results-demo-x2").glob("*.png"))) == 4
 
 
 @pytest.mark.parametrize("flags", ["--n_colors 1", "--rgb_range 1"])

@@ -223,6 +223,13 @@ def test_free_memory_obeys_the_limits_of_all_parent_groups(tmp_path):
     assert free_memory_in_cgroup(tmp_path, tmp_path / "absent") == math.inf
 
 
+def test_files_with_the_longest_names_can_be_written(tmp_path):
+    for name in ("a" * 255, "写" * 85):
+        write_whole(tmp_path / name, b"content")
+        assert (tmp_path / name).read_bytes() == b"content"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_unfinished_files_are_removed_even_if_one_vanishes(tmp_path):
     (tmp_path / ".a.tmp").symlink_to("absent")
     (tmp_path / ".b.tmp").touch()

@@ -28,6 +28,7 @@ from data.image import image_size, list_images, read_image, write_png
 from data.imageset import lr_names
 from data.resize import crop_to_multiple, downscale
 from option import RESERVED_SET_NAMES, Parser, plain_name, positive_int
+from picture import skipped_files
 from tools import check_data, unpack_div2k
 from utility import InputError, in_parallel, run_program
 
@@ -116,9 +117,11 @@ def make_set(args: argparse.Namespace) -> None:
 
 
 def _find_sources(folders: Iterable[Path]) -> dict[str, Path]:
-    """{name without suffix: path} of the images in all folders. Raises InputError."""
+    """{name without suffix: path} of the images in all folders. Prints other files. Raises InputError."""
     sources = {}
     for folder in dict.fromkeys(folders):
+        for line in skipped_files(folder):
+            print(line)
         for name, path in list_images(folder).items():
             if name in sources:
                 raise InputError(f"{path}: has the same name as {sources[name]}; rename one of them")

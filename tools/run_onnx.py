@@ -2,20 +2,25 @@
 
     python tools/run_onnx.py --model smsr_x2.onnx --input photos --output upscaled
 
-This needs only onnxruntime, numpy and pillow, and no other file of this project, so it can be copied anywhere. It
-writes <name>_x<scale>_SR.png for each image and skips images that already have one, so an interrupted run resumes when
-it is started again.
+This needs onnxruntime, numpy, pillow, and two more files of this project: copy run_onnx.py, picture.py and files.py
+into one folder anywhere. TIFF images and 16 bits per channel also need tifffile and opencv-python-headless.
+
+It writes <name>_x<scale>_SR.png for each image and skips images that already have one, so an interrupted run resumes
+when it is started again. Alpha and color profiles are kept. So are 16 bits, if the network was exported with --pixels
+float.
 """
 
 import argparse
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # after the folder of this file
+
+from files import InputError, write_whole
+from picture import Picture, encode_png, list_images, read_picture, skipped_files, to_8_bits
 
 try:
     import onnxruntime
@@ -24,10 +29,6 @@ except ImportError:
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # others compile once per image size or lack operators
 BYTES_PER_FEATURE = 60  # memory that a graph needs per pixel and feature channel, measured on a CPU
-
-
-class InputError(Exception):
-    """A user's mistake, described in one line."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +53,9 @@ def threads(text: str) -> int:
 
 
 class Network:
-    """An exported network. Call with an image, uint8 (H, W, n_colors) -> uint8 (scale H, scale W, n_colors).
+    """An exported network. Call with an image (H, W, n_colors) -> (scale H, scale W, n_colors), uint8 or uint16.
+
+    Graphs that compute on uint8 return uint8, all others the type of the image.
 
     Raises InputError if the file is not an exported network or has another scale than `scale`, and when called with an
     image that is too large for the memory.
@@ -82,10 +85,14 @@ class Network:
         )
         if self.session.get_providers()[0] == "CPUExecutionProvider" and needed > _free_memory():
             raise too_large
+        if self.dtype == np.uint8:
+            image = to_8_bits(image)
+        factor = np.iinfo(image.dtype).max / 255  # floats are in 0...255
+        x = image if self.dtype == np.uint8 else (image / np.float32(factor)).astype(self.dtype)
         try:
-            (sr,) = self.session.run(["sr"], {"image": image[None].astype(self.dtype, copy=False)})
+            (sr,) = self.session.run(["sr"], {"image": x[None]})
             if sr.dtype != np.uint8:
-                sr = np.rint(sr.astype(np.float32).clip(0, 255)).astype(np.uint8)
+                sr = np.rint(sr.astype(np.float32).clip(0, 255) * factor).astype(image.dtype)
         except Exception as error:  # ONNX Runtime raises many types
             message = str(error).lower()
             if isinstance(error, MemoryError) or "alloc" in message or "memory" in message:
@@ -123,54 +130,27 @@ def _free_memory():
     return sizes["MemAvailable"] + sizes["SwapFree"]
 
 
-def read(path: Path, n_colors: int) -> np.ndarray:
-    """Read an image file as uint8 (H, W, n_colors), rotated as its EXIF data says; 16-bit gray is reduced to 8 bits.
-
-    Raises InputError if the file is damaged, has 32 bits per channel, or is too large to read.
-    """
+def upscale(path: Path, network: Network) -> Picture:
+    """Read and upscale an image file. Raises InputError if it cannot be read or is too large."""
+    picture = read_picture(path, network.n_colors)
     try:
-        with Image.open(path) as image:
-            if image.mode in ("I", "F"):
-                raise InputError("has 32 bits per channel; convert it to 8 or 16")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-            array = np.asarray(image.convert("L" if n_colors == 1 else "RGB"))
-    except InputError:
-        raise
-    except (Image.DecompressionBombError, MemoryError):
-        raise InputError("is too large to read; cut it into parts") from None
-    except Exception as error:  # decoders raise many types for a damaged file
-        raise InputError(f"not an image, or damaged ({_one_line(error)}); remove or replace it") from None
-    return array.reshape(*array.shape[:2], n_colors)
+        return picture.with_upscaled(network(picture.pixels))
+    except InputError as mistake:
+        raise InputError(f"{path}: {mistake}") from None
 
 
 def find(source: Path) -> list[Path]:
-    """The image files of a folder, or the file itself. Raises InputError."""
+    """The image files of a folder, or the file itself. Prints what it skips. Raises InputError."""
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise InputError(f"--input {source}: no such file or folder; check the path")
-    extensions = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = [path for path in sorted(source.iterdir()) if path.suffix.lower() in extensions and path.name[0] != "."]
+    for line in skipped_files(source):
+        print(line, file=sys.stderr)
+    paths = list(list_images(source).values())
     if not paths:
         raise InputError(f"--input {source}: contains no images; pass a folder of images or one image")
-    by_stem = {}
-    for path in paths:
-        if path.stem in by_stem:
-            raise InputError(f"{path}: its result would overwrite that of {by_stem[path.stem]}; rename one of them")
-        by_stem[path.stem] = path
     return paths
-
-
-def write(path: Path, image: np.ndarray) -> None:
-    """Write a PNG file, uint8 (H, W, C). It appears under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _one_line(error):
@@ -179,7 +159,6 @@ def _one_line(error):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the free memory decides what is too large
     network = Network(args.model, args.scale, args.threads)
     paths = find(args.input)
     try:
@@ -190,10 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _show_progress(index, len(paths), path.name)
         target = args.output / f"{path.stem}_x{network.scale}_SR.png"
         if not target.exists():
-            try:
-                write(target, network(read(path, network.n_colors)))
-            except InputError as mistake:
-                raise InputError(f"{path}: {mistake}") from None
+            write_whole(target, encode_png(upscale(path, network)))
     _show_progress(len(paths), len(paths), "")
     print(f"{len(paths)} upscaled image{'s' if len(paths) > 1 else ''} in {args.output}")
 

@@ -81,6 +81,13 @@ def test_changed_sources_are_decoded_again_and_old_copies_removed(paths):
     assert len(list((root / "bin/HR").iterdir())) == len(paths)
 
 
+def test_images_with_long_names_are_cached(paths):
+    root = paths[0].parents[1]
+    long = [path.rename(path.with_name(f"{'写' * 79}{index}.png")) for index, path in enumerate(paths)]
+    for path, source in zip(long, cache.prepare(long, root, "sep"), strict=True):
+        assert np.array_equal(cache.open_image(source), read_image(path))
+
+
 def test_gray_and_rgb_copies_coexist(paths):
     root = paths[0].parents[1]
     (gray, *_) = cache.prepare(paths, root, "sep", n_colors=1)

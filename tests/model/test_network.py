@@ -138,13 +138,29 @@ def test_upscale_uses_the_given_predictor(name):
 
 
 @every_network
+@pytest.mark.parametrize("rgb_range", [1, 255])
+def test_16_bits_are_kept(name, rgb_range):
+    model = build(name, rgb_range=rgb_range)
+    image = np.random.default_rng(0).integers(0, 2**16, (6, 5, 3), dtype=np.uint16)
+    x = torch.from_numpy(image.astype(np.float64)).permute(2, 0, 1)[None] * rgb_range / 65535
+    assert torch.allclose(model.to_input(image[None]).double(), x, rtol=1e-6)
+    sr, _ = model.inference(model.to_input(image[None]))
+    exact = sr[0].permute(1, 2, 0).double().numpy() * 65535 / rgb_range
+    upscaled = model.upscale(image)
+    assert upscaled.dtype == np.uint16
+    assert np.abs(upscaled - exact.clip(0, 65535)).max() < 0.6
+    whole = model.upscale((image // 257).astype(np.uint8)).astype(int)
+    assert np.abs(model.upscale(image // 257 * 257) / 257 - whole).max() < 0.51
+
+
+@every_network
 @pytest.mark.parametrize("n_colors", [1, 3])
 def test_arrays_that_are_not_images_are_refused(name, n_colors):
     model = build(name, n_colors=n_colors)
     wrong = [
         np.zeros((4, 5, n_colors), np.float32),
         np.zeros((4, 5, n_colors), np.int64),
-        np.zeros((4, 5, n_colors), np.uint16),
+        np.zeros((4, 5, n_colors), np.int16),
         np.zeros((4, 5, 4 - n_colors), np.uint8),  # RGB for a network of gray images, and the reverse
         np.zeros((4, 5, 4), np.uint8),
         np.zeros((4, 5), np.uint8),
@@ -156,7 +172,7 @@ def test_arrays_that_are_not_images_are_refused(name, n_colors):
         with pytest.raises(InputError) as error:
             model.upscale(image)
         message = str(error.value)
-        assert f"uint8 arrays (H, W, {n_colors}), not {image.dtype} {image.shape}" in message
+        assert f"uint8 or uint16 arrays (H, W, {n_colors}), not {image.dtype} {image.shape}" in message
         assert "\n" not in message
 
 

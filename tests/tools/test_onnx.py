@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ImageCms
 
 from data.image import read_image, write_png
 from model import build_model
+from picture import Picture, read_picture, to_8_bits
 from tools.benchmark import main as benchmark_main
 from tools.export_onnx import main as export_main
 from tools.export_onnx import project_version
-from tools.run_onnx import InputError as RunError
-from tools.run_onnx import Network, read
+from tools.run_onnx import Network
 from tools.run_onnx import main as run_main
 from utility import InputError
 
@@ -52,9 +52,11 @@ def test_a_folder_of_images_without_torch(folder, tiny):
         assert np.abs(sr.astype(int) - tiny.upscale(image)).max() <= 1
 
 
-def test_run_onnx_needs_no_other_file_of_the_project(folder):
-    shutil.copy(REPOSITORY / "tools/run_onnx.py", "copied.py")
-    program = "import copied, sys; copied.main(); assert not {'torch', 'utility', 'option', 'model'} & set(sys.modules)"
+def test_run_onnx_needs_two_other_files_of_the_project(folder):
+    for name in ("tools/run_onnx.py", "picture.py", "files.py"):
+        shutil.copy(REPOSITORY / name, ".")
+    program = "import run_onnx, sys; run_onnx.main(); "
+    program += "assert not {'torch', 'utility', 'option', 'model', 'data', 'cv2', 'tifffile'} & set(sys.modules)"
     line = "--model w.onnx --input photos/0.png --output out --threads 1"
     done = subprocess.run([sys.executable, "-c", program, *line.split()], check=True, capture_output=True, text=True)
     assert done.stdout == "1 upscaled image in out\n"
@@ -137,37 +139,50 @@ def test_mistakes_in_running(folder, monkeypatch):
         ("--model w.onnx --input photos --output out --scale 3", "--scale 3: w.onnx upscales by 2"),
         ("--model w.onnx --input absent --output out", "--input absent: no such file or folder"),
         ("--model w.onnx --input empty --output out", "--input empty: contains no images"),
-        ("--model w.onnx --input photos --output out", "photos/1_text.png: not an image, or damaged"),
+        ("--model w.onnx --input photos --output out", "photos/1_text.png: not an image, or broken"),
         ("--model w.onnx", "required"),
         ("--model w.onnx --input photos --output w.pt", "--output w.pt: File exists; choose another folder"),
         ("--model w.onnx --input photos --output out --threads 0", "--threads: '0' is not a number from 1 to 256"),
     ):
-        with pytest.raises(RunError, match=message):
+        with pytest.raises(InputError, match=message):
             run_main(line.split())
     assert len(list(Path("out").glob("*.png"))) == 2  # the images before the broken one
     Path("photos/0.jpg").write_bytes(Path("photos/0.png").read_bytes())
-    with pytest.raises(RunError, match=r"photos/0\.png: its result would overwrite that of photos/0\.jpg"):
+    with pytest.raises(InputError, match=r"photos/0\.png: has the same name as 0\.jpg; rename one"):
         run_main(["--model", "w.onnx", "--input", "photos", "--output", "out"])
     monkeypatch.setattr("tools.run_onnx.onnxruntime", None)
-    with pytest.raises(RunError, match="pip install onnxruntime"):
+    with pytest.raises(InputError, match="pip install onnxruntime"):
         run_main(["--model", "w.onnx", "--input", "photos", "--output", "out"])
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F"])
-@pytest.mark.parametrize("n_colors", [1, 3])
-def test_images_are_read_as_the_project_reads_them(tmp_path, mode, n_colors):
-    path = tmp_path / "image.tif"
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    if mode in ("I;16", "I", "F"):
-        image = Image.fromarray(pixels[..., 0].astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]) * 200)
-    else:
-        image = Image.fromarray(pixels).convert(mode)
-    image.save(path)
-    if mode in ("I", "F"):
-        with pytest.raises(RunError, match="32 bits"):
-            read(path, n_colors)
-    else:
-        assert (read(path, n_colors) == read_image(path, n_colors)).all()
+def test_results_keep_depth_alpha_and_profile(folder, tiny):
+    tiny.eval()
+    export_main(["--pre_train", "w.pt", "--output", "float.onnx", "--pixels", "float"])
+    rng = np.random.default_rng(0)
+    pixels, alpha = (rng.integers(0, 2**16, shape, dtype=np.uint16) for shape in ((8, 10, 3), (8, 10)))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture = Picture(pixels, alpha, profile)
+    write_png(folder / "deep.png", picture)
+    for name, deep in (("float.onnx", True), ("w.onnx", False)):
+        run_main(["--model", name, "--input", "deep.png", "--output", name[:-5]])
+        sr = read_picture(folder / name[:-5] / "deep_x2_SR.png")
+        expected = tiny.upscale(pixels)
+        if not deep:
+            expected = tiny.upscale(to_8_bits(pixels))
+        assert sr.pixels.dtype == expected.dtype
+        assert np.abs(sr.pixels.astype(int) - expected).max() <= (16 if deep else 1)
+        assert np.array_equal(sr.alpha, picture.with_upscaled(expected).alpha)
+        assert sr.profile == profile
+
+
+def test_other_files_of_a_folder_are_skipped_by_name(folder, capsys):
+    Path("photos/notes.txt").write_text("")
+    Path("photos/phone.HEIC").write_bytes(b"")
+    run_main(["--model", "w.onnx", "--input", "photos", "--output", "out"])
+    assert len(list(Path("out").iterdir())) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert "photos: skipped notes.txt: not images" in lines
+    assert "photos: skipped phone.HEIC: HEIC images cannot be read here; convert them to PNG or JPEG" in lines
 
 
 def limit_memory():
