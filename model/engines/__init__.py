@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from model.engines.native import build_native_engine
 from model.network import Cost, DeferredCost
 from model.sparse import Plan
 from utility import logger
@@ -13,7 +14,9 @@ Engine = Callable[[torch.Tensor, str, int | None], tuple[torch.Tensor, Cost | De
 
 
 def pick_engine(plan: Plan) -> Engine:
-    """The fastest engine for the device of the weights: fused on a GPU that Triton supports, else the plan itself."""
+    """The fastest engine for the weights: fused on a GPU that Triton supports, native on a CPU, else the plan itself."""
+    if plan.model.device.type == "cpu" and plan.model.dtype == torch.float32:
+        return build_native_engine(plan) or plan
     if plan.model.device.type != "cuda":
         return plan
     try:

@@ -1,0 +1,315 @@
+"""The native engine: SMSR on a CPU by native.cpp, which skips the masked work without gathering anything.
+
+It computes what sparse.Plan computes, in float32, from the same preparation of the weights: channels of a layer in the
+order dense, then sparse. This module prepares what native.cpp reads, allocates all its memory, and calls it strip by
+strip. docs/sparse-inference.md explains the method.
+"""
+
+import ctypes
+import functools
+import math
+import os
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from model.common import check_finite, pad_to_multiple
+from model.engines.build import BuildError, load_library
+from model.engines.weights import pad_to, to_taps
+from model.network import Cost
+from model.sparse import BlockPlan, Plan, Workspace
+from model.tiling import Tile, split_into_tiles
+from utility import logger
+
+MAX_FEATS = 128  # more do not fit in the cache
+CHANNELS = 16  # native.cpp takes multiples of this
+TAPS = 16  # nine numbers per pixel of the transposed convolution, padded
+SMALLEST_STRIP = 256  # an image of this side is run in one piece, whatever memory that takes
+LAYER_MAPS = 2  # the maps of the layers of a strip may together take the memory of this many maps of the image
+WINOGRAD = 4  # products per output, input and output channel that F(2x2, 3x3) needs instead of 9
+CACHE_LINE = 64
+
+# ---- the structures of native.cpp, field by field --------------------------------------------------------------------
+
+Pointer, Int = ctypes.c_void_p, ctypes.c_int64
+
+
+def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [*_fields(Pointer, "full", "thin", "collect"), *_fields(Int, "n_in", "n_out")]
+
+
+class Module(ctypes.Structure):
+    _fields_ = [
+        *_fields(Pointer, "first", "first_bias", "mid", "mid_bias", "up", "up_bias"),
+        *_fields(Pointer, "collect_bias", "squeeze", "squeeze_bias", "excite", "excite_bias", "reduce"),
+        *_fields(Int, "hidden"),
+        *_fields(ctypes.POINTER(Layer), "layers"),
+    ]
+
+
+class Net(ctypes.Structure):
+    _fields_ = [
+        *_fields(Pointer, "first", "first_bias", "head", "head_bias"),
+        *_fields(Pointer, "reduce_bias", "fuse", "fuse_bias", "tail", "tail_bias"),
+        *_fields(Int, "n_modules", "n_layers", "n_colors", "scale"),
+        *_fields(ctypes.POINTER(Module), "modules"),
+    ]
+
+
+class Call(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.POINTER(Net), "net"),
+        *_fields(Int, "height", "width", "strip_rows", "keep_head", "threads"),
+        *_fields(Pointer, "run_parallel", "workspace", "image", "sr"),
+    ]
+
+
+FUNCTIONS = {  # name: (result, arguments)
+    "smsr_vector": (Int, []),
+    "smsr_workspace": (Int, [ctypes.POINTER(Call)]),
+    "smsr_head": (None, [ctypes.POINTER(Call)]),
+    "smsr_module": (None, [ctypes.POINTER(Call), Int, Int, Int, Pointer, ctypes.POINTER(Int)]),
+    "smsr_attend": (None, [ctypes.POINTER(Call), Int]),
+    "smsr_reconstruct": (None, [ctypes.POINTER(Call)]),
+}
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def to_winograd(weight: torch.Tensor) -> torch.Tensor:
+    """Weights of a convolution (C', C, 3, 3) -> the 16 matrices (16, C, C') of Winograd's F(2x2, 3x3)."""
+    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    return torch.einsum("ay,oiyx,bx->abio", g, weight.detach().double(), g).flatten(0, 1)
+
+
+def find_pool() -> int:
+    """The address of the function that runs another one in the threads of PyTorch's OpenMP pool; raises BuildError."""
+    try:
+        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, Pointer).value
+    except (AttributeError, OSError):
+        raise BuildError("this build of PyTorch has no OpenMP threads") from None
+
+
+class NativePlan:
+    """A compiled SMSR, as native.cpp reads it. Runs images (N, n_colors, H, W), H and W even.
+
+    plan: the plain plan, whose preparation of the weights is used
+    masked: whether masks are applied; without them, every pixel and every channel is computed
+    Raises BuildError if the library cannot be built or loaded.
+    """
+
+    def __init__(self, plan: Plan, masked: bool = True):
+        model = self.model = plan.model
+        self.branch = round_up(model.blocks[0].spatial_mask.full.out_channels, CHANNELS)
+        self.library = load_library(SMSR_FEATURES=model.n_feats, SMSR_MASK_FEATURES=self.branch)
+        for name, (result, arguments) in FUNCTIONS.items():
+            function = getattr(self.library, name)
+            function.restype, function.argtypes = result, arguments
+        self.run_parallel, self.vector, self.process = find_pool(), self.library.smsr_vector(), os.getpid()
+        self._kept = []  # what the structures point to
+        self._workspaces = []  # those that no call is using
+        self.net = self._pack_net(plan, masked)
+
+    def _pack(self, tensor: torch.Tensor) -> int:
+        """The address of a float32 copy that lives as long as this plan."""
+        copy = tensor.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        self._kept.append(copy)
+        return copy.data_ptr()
+
+    def _pack_array(self, kind: type[ctypes.Structure], items: list[ctypes.Structure]) -> ctypes.Array:
+        self._kept.append((kind * len(items))(*items))
+        return self._kept[-1]
+
+    def _wide(self, n: int) -> int:
+        return round_up(n, self.vector)
+
+    def _pack_net(self, plan: Plan, masked: bool) -> Net:
+        model, pack = self.model, self._pack
+        first, _, second = model.head
+        tail, width = model.tail.conv, model.n_feats
+        tail_parts = [
+            pad_to(to_winograd(part), self._wide(len(part))).flatten() for part in tail.weight.split(width)
+        ]
+        reduce = model.collect.reduce.weight[:, :, 0, 0].T.chunk(len(plan.blocks))  # K of (C, C), inputs first
+        modules = [self._pack_module(block, part, masked) for block, part in zip(plan.blocks, reduce, strict=True)]
+        return Net(
+            first=pack(first.weight.permute(1, 2, 3, 0)),  # (n_colors, 3, 3, C)
+            first_bias=pack(first.bias),
+            head=pack(to_winograd(second.weight)),
+            head_bias=pack(second.bias),
+            reduce_bias=pack(model.collect.reduce.bias),
+            fuse=pack(to_winograd(model.collect.fuse.weight)),
+            fuse_bias=pack(model.collect.fuse.bias),
+            tail=pack(torch.cat(tail_parts)),
+            tail_bias=pack(pad_to(tail.bias, self._wide(len(tail.bias)))),
+            n_modules=len(modules),
+            n_layers=len(plan.blocks[0].layers),
+            n_colors=model.n_colors,
+            scale=model.scale,
+            modules=self._pack_array(Module, modules),
+        )
+
+    def _pack_module(self, plan: BlockPlan, reduce: torch.Tensor, masked: bool) -> Module:
+        block, pack = plan.block, self._pack
+        squeeze, _, excite, _ = block.attention
+        skip = self._wide(plan.layers[0].n_out) if masked else 0  # channels that come with the mask branch
+        layers = [self._pack_layer(layer, 0 if index else skip, masked) for index, layer in enumerate(plan.layers)]
+        module = Module(
+            collect_bias=pack(block.collect.bias),
+            squeeze=pack(squeeze.weight),
+            squeeze_bias=pack(squeeze.bias),
+            excite=pack(excite.weight),
+            excite_bias=pack(excite.bias),
+            reduce=pack(reduce),
+            hidden=squeeze.out_channels,
+            layers=self._pack_array(Layer, layers),
+        )
+        if masked:
+            self._pack_mask_branch(module, block.spatial_mask, plan.layers[0].weight[:skip])
+        return module
+
+    def _pack_mask_branch(self, module: Module, branch: nn.Module, dense: torch.Tensor) -> None:
+        """dense: the weights (C', C, 3, 3) of the first layer that are multiplied together with the mask branch."""
+        pack, hidden = self._pack, self.branch
+        first = torch.cat([pad_to(to_winograd(branch.full.weight), hidden), to_winograd(dense)], 2)
+        # A pixel is important if its second logit is larger, so the difference of both is enough.
+        logits = branch.logits.weight.detach()  # (R, 2, 3, 3)
+        bias = branch.logits.bias.detach()
+        module.first = pack(first)
+        module.first_bias = pack(pad_to(branch.full.bias, hidden))
+        module.mid = pack(pad_to(to_taps(branch.pooled.weight), hidden, hidden))
+        module.mid_bias = pack(pad_to(branch.pooled.bias, hidden))
+        module.up = pack(pad_to((logits[:, 1] - logits[:, 0]).flatten(1), hidden, TAPS))
+        module.up_bias = pack(bias[1:] - bias[:1])
+
+    def _pack_layer(self, plan, skip: int, masked: bool) -> Layer:
+        n_in, n_out = (plan.n_in, plan.n_out) if masked else (self.model.n_feats, 0)
+        return Layer(
+            full=self._pack(to_winograd(plan.weight[skip:])),
+            thin=self._pack(pad_to(to_taps(plan.weight[:n_out, :n_in]), self._wide(n_out))),
+            collect=self._pack(plan.collect_weight.T),
+            n_in=n_in,
+            n_out=n_out,
+        )
+
+    # ---- a forward pass ----------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, x: torch.Tensor, sr: torch.Tensor, tile: int | None
+    ) -> tuple[torch.Tensor, list[int], list[int]]:
+        """Add the network to upsampled images.
+
+        x: images (N, n_colors, H, W) without their mean, float32, contiguous; H and W even
+        sr: (N, n_colors, scale H, scale W), float32, contiguous; changed in place
+        tile: as in sparse.Plan
+        Returns the masks, bool (K, N, H, W), and of each module the important pixels and the multiply-adds executed.
+        """
+        n, _, height, width = x.shape
+        n_modules = self.net.n_modules
+        masks = torch.empty(n_modules, n, height, width, dtype=torch.bool)
+        counts = torch.zeros(n_modules, 2, dtype=torch.int64)
+        workspace = self._workspaces.pop() if self._workspaces else Workspace()  # each thread has its own
+        try:
+            for image in range(n):
+                call, tiles = self._prepare(x[image], sr[image], tile, workspace)
+                self._run(call, tiles, masks[:, image], counts)
+        finally:
+            self._workspaces.append(workspace)
+        important, executed = counts.T.tolist()
+        return masks, important, executed
+
+    def _prepare(self, image: torch.Tensor, sr: torch.Tensor, tile: int | None, workspace: Workspace):
+        """The arguments of native.cpp for an image, and the strips of its modules."""
+        _, height, width = image.shape
+        side = max(SMALLEST_STRIP, math.isqrt(height * width * LAYER_MAPS // self.net.n_layers))
+        tiles = split_into_tiles(1, height, width, tile or side)
+        call = Call(
+            net=ctypes.pointer(self.net),
+            height=height,
+            width=width,
+            strip_rows=max(tile.bottom - tile.top for tile in tiles),
+            keep_head=tile is None,
+            threads=torch.get_num_threads() if os.getpid() == self.process else 1,  # a fork has no threads
+            run_parallel=self.run_parallel,
+            image=image.data_ptr(),
+            sr=sr.data_ptr(),
+        )
+        size = self.library.smsr_workspace(call) + CACHE_LINE
+        memory = workspace.rows("native", round_up(size, 4) // 4, 1, image)
+        call.workspace = round_up(memory.data_ptr(), CACHE_LINE)
+        return call, tiles
+
+    def _run(self, call: Call, tiles: list[Tile], masks: torch.Tensor, counts: torch.Tensor) -> None:
+        """Run an image. masks (K, H, W) are written; counts (K, 2) are increased. Ctrl-C is noticed between strips."""
+        library, strip_counts = self.library, (Int * 2)()
+        library.smsr_head(call)
+        for index, mask in enumerate(masks):
+            for tile in tiles:
+                library.smsr_module(call, index, tile.top, tile.bottom, mask.data_ptr(), strip_counts)
+                counts[index] += torch.tensor(list(strip_counts))
+            library.smsr_attend(call, index)
+        library.smsr_reconstruct(call)
+
+    def fixed_macs(self, keep_head: bool) -> int:
+        """Multiply-adds per pixel outside of the modules."""
+        model = self.model
+        square, tail = model.n_feats**2, model.n_feats * self._wide(model.tail.conv.out_channels)
+        head = model.head[0].weight.numel() + WINOGRAD * square
+        return head * (1 if keep_head else 2) + square * (len(model.blocks) + WINOGRAD) + WINOGRAD * tail
+
+
+class NativeEngine:
+    """Runs a network by its NativePlan; what that does not support runs by the plain plan.
+
+    The images and the mode are those of sparse.Plan. Raises BuildError if the library cannot be built or loaded.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plain, self.native = plan, NativePlan(plan)
+
+    def __call__(self, x: torch.Tensor, mode: str = "auto", tile: int | None = None) -> tuple[torch.Tensor, Cost]:
+        if mode not in ("auto", "sparse") or x.dtype != torch.float32 or not x.is_cpu:
+            return self.plain(x, mode, tile)
+        check_finite(x)
+        model, (height, width) = self.plain.model, x.shape[-2:]
+        x = pad_to_multiple(x - model.mean, 2).contiguous()
+        with torch.autocast("cpu", enabled=False):
+            sr = model.upsample(x).contiguous()
+        masks, important, executed = self.native(x, sr, tile)
+        cost = self._cost(masks[..., :height, :width], important, executed, math.prod(masks.shape[1:]), tile)
+        return sr[..., : height * model.scale, : width * model.scale], cost
+
+    def _cost(self, masks, important, executed, pixels, tile):
+        costs = [
+            block.cost(pixels, *counts, mask[:, None])
+            for block, *counts, mask in zip(self.plain.blocks, important, executed, masks, strict=True)
+        ]
+        fixed = self.native.fixed_macs(keep_head=tile is None) * pixels
+        return replace(self.plain.total_cost(costs, pixels), macs_run=fixed + sum(executed))
+
+
+@functools.cache  # once per process
+def _report(problem: str) -> None:
+    logger.info(f"native engine: {problem}; using plain operators, which are slower")
+
+
+def build_native_engine(plan: Plan) -> NativeEngine | None:
+    """The engine for a network on the CPU, or None if it cannot run there; the log says why."""
+    model = plan.model
+    if model.n_feats % CHANNELS or model.n_feats > MAX_FEATS:
+        _report(f"runs networks with a multiple of {CHANNELS} features up to {MAX_FEATS}, not {model.n_feats}")
+        return None
+    try:
+        return NativeEngine(plan)
+    except BuildError:  # load_library has logged it
+        return None
