@@ -19,6 +19,11 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) (void)0
+#endif
 
 namespace {
 
@@ -42,6 +47,7 @@ constexpr int TASK = 4 * ROWS;         // blocks that a thread takes at a time
 constexpr int SEGMENT = 12;            // neighboring pixels of a row
 constexpr int SEGMENT_TASK = 16;       // segments that a thread takes at a time
 constexpr int TAPS = 16;               // nine numbers per pixel of the transposed convolution, padded
+constexpr int LINE = 16;               // floats per cache line
 constexpr int AHEAD = 8;               // rows of weights that are prefetched
 constexpr int OWN[4] = {5, 6, 9, 10};  // positions of a 2x2 block in the 4x4 pixels around it
 constexpr uint32_t OWN_BITS = 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10, ALL_BITS = 0xFFFF;
@@ -129,7 +135,9 @@ Space lay_out(const Call& call) {
   uintptr_t end = (uintptr_t)call.workspace;
   auto take = [&](auto& pointer, int64_t count) {
     pointer = (std::remove_reference_t<decltype(pointer)>)end;
-    end += (count * sizeof *pointer + 127) / 64 * 64;
+    const size_t bytes = count * sizeof *pointer, padded = bytes / 64 * 64 + 128;
+    if (call.workspace) ASAN_POISON_MEMORY_REGION((char*)end + bytes, padded - bytes);  // between the parts
+    end += padded;
   };
   const int64_t h = call.height, w = call.width, rows = rows_with_halo(call);
   const int64_t pixels = (h + 2) * (w + 2) + SEGMENT;  // segments may end behind the last pixel
@@ -175,7 +183,10 @@ inline __attribute__((always_inline)) void multiply(vec (&acc)[M][N], Row row, c
   for (int k = 0; k < K; k++, b += b_step) {
     vec w[N];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; j++) w[j] = load(b + j * VL), prefetch(b + AHEAD * b_step + j * VL);
+    for (int j = 0; j < N; j++) {
+      w[j] = load(b + j * VL);
+      if (j * VL % LINE == 0) prefetch(b + AHEAD * b_step + j * VL);
+    }
 #pragma GCC unroll 12
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
@@ -200,8 +211,8 @@ inline void for_columns(int n, F f) {
   }
 }
 
-// c (ROWS, n) = a (ROWS, C) b (C, n)
-void product(const float* a, const float* b, int n, float* c) {
+// c (ROWS, n) = a (ROWS, C) b (C, n); a function of its own, so that its inner loop has all registers
+__attribute__((noinline)) void product(const float* a, const float* b, int n, float* c) {
   for_columns(n, [&](auto width, int j) {
     constexpr int N = width.value;
     vec acc[ROWS][N] = {};
@@ -256,7 +267,7 @@ inline void transform_block(const Source& in, const Block& block, float* v) {
 inline void prefetch_pixel(const Source& in, const Block& block, int i) {
   const float* p = in.map + (block.pixel + (i / 4 - 1) * in.pitch + i % 4 - 1) * C;
   const int channels = block.bits >> i & 1 ? C : in.groups * VL;
-  for (int c = 0; c < channels; c += 16) prefetch(p + c);
+  for (int c = 0; c < channels; c += LINE) prefetch(p + c);
 }
 
 // out(t, g, y): y[4] are the outputs of block t in the vector g of n channels; w: 16 x (C, n)
@@ -376,7 +387,6 @@ struct Image {
 
   // f += attention(module); total += f times this module's part of the weights
   void attend(int64_t index, const float* factors) const {
-    const Module& m = net.modules[index];
     const float* source = index == 0 ? s.head : s.features;
     parallel(H, [&](int64_t y, Scratch&) {
       for (int64_t x = 0; x < W; x += ROWS) {
@@ -385,21 +395,25 @@ struct Image {
           const vec factor = load(factors + c % C);
           store(s.features + pixel + c, load(source + pixel + c) + load(s.module + pixel + c) * factor);
         }
-        for_columns(C, [&](auto width, int j) { reduce(m, index, pixel, count, width, j); });
+        reduce(index, pixel, count);
       }
     });
   }
 
-  template <class Width>
-  void reduce(const Module& m, int64_t index, int64_t pixel, int count, Width width, int j) const {
-    constexpr int N = width.value;
+  // total += features times the weights of a module, for at most ROWS pixels
+  void reduce(int64_t index, int64_t pixel, int64_t count) const {
     const bool is_last = index == net.n_modules - 1;
-    vec acc[ROWS][N];
-    for (int i = 0; i < ROWS; i++)
-      for (int k = 0; k < N; k++) acc[i][k] = load(index ? s.total + pixel + i * C + j + k * VL : net.reduce_bias + j + k * VL);
-    multiply(acc, [&](int i) { return s.features + pixel + i * C; }, m.reduce + j, C, C);
-    for (int i = 0; i < count; i++)
-      for (int k = 0; k < N; k++) store(s.total + pixel + i * C + j + k * VL, is_last ? relu(acc[i][k]) : acc[i][k]);
+    int64_t rows[ROWS];
+    for (int64_t i = 0; i < ROWS; i++) rows[i] = pixel + std::min(i, count - 1) * C;  // another thread has the next ones
+    for_columns(C, [&](auto width, int j) {
+      constexpr int N = width.value;
+      vec acc[ROWS][N];
+      for (int i = 0; i < ROWS; i++)
+        for (int k = 0; k < N; k++) acc[i][k] = load((index ? s.total + rows[i] : net.reduce_bias) + j + k * VL);
+      multiply(acc, [&](int i) { return s.features + rows[i]; }, net.modules[index].reduce + j, C, C);
+      for (int i = 0; i < count; i++)
+        for (int k = 0; k < N; k++) store(s.total + rows[i] + j + k * VL, is_last ? relu(acc[i][k]) : acc[i][k]);
+    });
   }
 
   // The factors of the channels from their sums over the image
@@ -596,12 +610,12 @@ struct ModuleStrip : Image {
   // The dense channels of the unimportant pixels of a segment
   void run_segment(int64_t l, const Source& in, const Segment& segment) const {
     const Layer& layer = m.layers[l];
-    const int n = wide(layer.n_out);
+    const int n = wide(layer.n_out), taps = layer.n_in ? 9 : 0;
     for_columns(n, [&](auto width, int j) {
       constexpr int N = width.value, M = N == 1 ? SEGMENT : ROWS;
       for (int first = 0; first < SEGMENT; first += M) {
         vec acc[M][N] = {};
-        for (int tap = 0; tap < 9; tap++) {
+        for (int tap = 0; tap < taps; tap++) {
           const float* a = in.map + (segment.pixel + first + (tap / 3 - 1) * pitch + tap % 3 - 1) * C;
           multiply(acc, [&](int i) { return a + i * C; }, layer.thin + tap * layer.n_in * n + j, n, layer.n_in);
         }
@@ -629,11 +643,13 @@ struct ModuleStrip : Image {
           const Layer& layer = m.layers[l];
           multiply(acc, [&](int i) { return rows[i]; }, layer.collect + j, C, all ? C : layer.n_out);
         }
+        vec sum[N] = {};
         for (int i = 0; i < std::min(ROWS, count - first); i++)
           for (int k = 0; k < N; k++) {
             store(module + int64_t(pixels[first + i]) * C + j + k * VL, acc[i][k]);
-            store(sums + j + k * VL, load(sums + j + k * VL) + acc[i][k]);
+            sum[k] += acc[i][k];
           }
+        for (int k = 0; k < N; k++) store(sums + j + k * VL, load(sums + j + k * VL) + sum[k]);
       });
   }
 

@@ -18,7 +18,7 @@ from model.common import check_finite, pad_to_multiple
 from model.engines.build import BuildError, load_library
 from model.engines.weights import pad_to, to_taps
 from model.network import Cost
-from model.sparse import BlockPlan, Plan, Workspace
+from model.sparse import BlockPlan, LayerPlan, Plan, Workspace
 from model.tiling import Tile, split_into_tiles
 from utility import logger
 
@@ -92,6 +92,11 @@ def to_winograd(weight: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ay,oiyx,bx->abio", g, weight.detach().double(), g).flatten(0, 1)
 
 
+def branch_size(plan: Plan) -> int:
+    """The number of channels of the mask branches, padded."""
+    return round_up(plan.model.blocks[0].spatial_mask.full.out_channels, CHANNELS)
+
+
 def find_pool() -> int:
     """The address of the function that runs another one in the threads of PyTorch's OpenMP pool; raises BuildError."""
     try:
@@ -100,46 +105,38 @@ def find_pool() -> int:
         raise BuildError("this build of PyTorch has no OpenMP threads") from None
 
 
-class NativePlan:
-    """A compiled SMSR, as native.cpp reads it. Runs images (N, n_colors, H, W), H and W even.
+class NativeWeights:
+    """The weights of an SMSR in the layout of native.cpp, as the structure `net`.
 
     plan: the plain plan, whose preparation of the weights is used
+    vector: to a multiple of this, numbers of dense channels are padded
     masked: whether masks are applied; without them, every pixel and every channel is computed
-    Raises BuildError if the library cannot be built or loaded.
     """
 
-    def __init__(self, plan: Plan, masked: bool = True):
-        model = self.model = plan.model
-        self.branch = round_up(model.blocks[0].spatial_mask.full.out_channels, CHANNELS)
-        self.library = load_library(SMSR_FEATURES=model.n_feats, SMSR_MASK_FEATURES=self.branch)
-        for name, (result, arguments) in FUNCTIONS.items():
-            function = getattr(self.library, name)
-            function.restype, function.argtypes = result, arguments
-        self.run_parallel, self.vector, self.process = find_pool(), self.library.smsr_vector(), os.getpid()
-        self._kept = []  # what the structures point to
-        self._workspaces = []  # those that no call is using
+    def __init__(self, plan: Plan, vector: int, masked: bool = True):
+        self.n_feats, self.branch, self.vector = plan.n_feats, branch_size(plan), vector
+        self.kept = []  # what the structures point to
         self.net = self._pack_net(plan, masked)
 
     def _pack(self, tensor: torch.Tensor) -> int:
-        """The address of a float32 copy that lives as long as this plan."""
+        """The address of a float32 copy that lives as long as these weights."""
         copy = tensor.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        self._kept.append(copy)
+        self.kept.append(copy)
         return copy.data_ptr()
 
     def _pack_array(self, kind: type[ctypes.Structure], items: list[ctypes.Structure]) -> ctypes.Array:
-        self._kept.append((kind * len(items))(*items))
-        return self._kept[-1]
+        self.kept.append((kind * len(items))(*items))
+        return self.kept[-1]
 
     def _wide(self, n: int) -> int:
         return round_up(n, self.vector)
 
     def _pack_net(self, plan: Plan, masked: bool) -> Net:
-        model, pack = self.model, self._pack
+        model, pack = plan.model, self._pack
         first, _, second = model.head
-        tail, width = model.tail.conv, model.n_feats
-        tail_parts = [
-            pad_to(to_winograd(part), self._wide(len(part))).flatten() for part in tail.weight.split(width)
-        ]
+        tail = model.tail.conv
+        parts = tail.weight.split(self.n_feats)
+        parts = [pad_to(to_winograd(part), self._wide(len(part))).flatten() for part in parts]
         reduce = model.collect.reduce.weight[:, :, 0, 0].T.chunk(len(plan.blocks))  # K of (C, C), inputs first
         modules = [self._pack_module(block, part, masked) for block, part in zip(plan.blocks, reduce, strict=True)]
         return Net(
@@ -150,7 +147,7 @@ class NativePlan:
             reduce_bias=pack(model.collect.reduce.bias),
             fuse=pack(to_winograd(model.collect.fuse.weight)),
             fuse_bias=pack(model.collect.fuse.bias),
-            tail=pack(torch.cat(tail_parts)),
+            tail=pack(torch.cat(parts)),
             tail_bias=pack(pad_to(tail.bias, self._wide(len(tail.bias)))),
             n_modules=len(modules),
             n_layers=len(plan.blocks[0].layers),
@@ -192,8 +189,8 @@ class NativePlan:
         module.up = pack(pad_to((logits[:, 1] - logits[:, 0]).flatten(1), hidden, TAPS))
         module.up_bias = pack(bias[1:] - bias[:1])
 
-    def _pack_layer(self, plan, skip: int, masked: bool) -> Layer:
-        n_in, n_out = (plan.n_in, plan.n_out) if masked else (self.model.n_feats, 0)
+    def _pack_layer(self, plan: LayerPlan, skip: int, masked: bool) -> Layer:
+        n_in, n_out = (plan.n_in, plan.n_out) if masked else (self.n_feats, 0)
         return Layer(
             full=self._pack(to_winograd(plan.weight[skip:])),
             thin=self._pack(pad_to(to_taps(plan.weight[:n_out, :n_in]), self._wide(n_out))),
@@ -202,7 +199,22 @@ class NativePlan:
             n_out=n_out,
         )
 
-    # ---- a forward pass ----------------------------------------------------------------------------------------------
+
+class NativePlan:
+    """A compiled SMSR that native.cpp runs. plan and masked are described in `NativeWeights`.
+
+    Raises BuildError if the library cannot be built or loaded.
+    """
+
+    def __init__(self, plan: Plan, masked: bool = True):
+        self.model, self.run_parallel, self.process = plan.model, find_pool(), os.getpid()
+        self.library = load_library(SMSR_FEATURES=plan.n_feats, SMSR_MASK_FEATURES=branch_size(plan))
+        for name, (result, arguments) in FUNCTIONS.items():
+            function = getattr(self.library, name)
+            function.restype, function.argtypes = result, arguments
+        self.weights = NativeWeights(plan, self.library.smsr_vector(), masked)
+        self.net = self.weights.net
+        self._workspaces = []  # those that no call is using
 
     def __call__(
         self, x: torch.Tensor, sr: torch.Tensor, tile: int | None
@@ -263,7 +275,7 @@ class NativePlan:
     def fixed_macs(self, keep_head: bool) -> int:
         """Multiply-adds per pixel outside of the modules."""
         model = self.model
-        square, tail = model.n_feats**2, model.n_feats * self._wide(model.tail.conv.out_channels)
+        square, tail = model.n_feats**2, model.n_feats * model.tail.conv.out_channels
         head = model.head[0].weight.numel() + WINOGRAD * square
         return head * (1 if keep_head else 2) + square * (len(model.blocks) + WINOGRAD) + WINOGRAD * tail
 
