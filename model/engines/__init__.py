@@ -14,7 +14,7 @@ Engine = Callable[[torch.Tensor, str, int | None], tuple[torch.Tensor, Cost | De
 
 
 def pick_engine(plan: Plan) -> Engine:
-    """The fastest engine for the weights: fused on a GPU that Triton supports, native on a CPU, else the plan itself."""
+    """The fastest engine for the weights: native on a CPU, fused on a GPU that Triton supports, else the plan."""
     if plan.model.device.type == "cpu" and plan.model.dtype == torch.float32:
         return build_native_engine(plan) or plan
     if plan.model.device.type != "cuda":

@@ -36,23 +36,21 @@ class BuildError(Exception):
 
 
 def load_library(**definitions: int) -> ctypes.CDLL:
-    """The native engine, compiled with these macros. Built if necessary, and logged, once per process.
+    """The native engine, compiled with these macros. It is looked for, or built, once per process.
 
-    Raises BuildError if that is impossible; that is logged too.
+    Raises BuildError if that is impossible.
     """
-    key = ("native library", *sorted(definitions.items()))
-    library = measure_once(key, lambda: _try_to_load(definitions))
+
+    def attempt():
+        try:
+            return _load_or_build(definitions)
+        except BuildError as error:
+            return error
+
+    library = measure_once(("native library", *sorted(definitions.items())), attempt)
     if isinstance(library, BuildError):
         raise library
     return library
-
-
-def _try_to_load(definitions):
-    try:
-        return _load_or_build(definitions)
-    except BuildError as error:
-        logger.info(f"native engine: {error}; using plain operators, which are slower")
-        return error
 
 
 def _load_or_build(definitions):

@@ -8,8 +8,8 @@ strip. docs/sparse-inference.md explains the method.
 import ctypes
 import functools
 import math
-import os
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -40,33 +40,33 @@ def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
 
 
 class Layer(ctypes.Structure):
-    _fields_ = [*_fields(Pointer, "full", "thin", "collect"), *_fields(Int, "n_in", "n_out")]
+    _fields_ = (*_fields(Pointer, "full", "thin", "collect"), *_fields(Int, "n_in", "n_out"))
 
 
 class Module(ctypes.Structure):
-    _fields_ = [
+    _fields_ = (
         *_fields(Pointer, "first", "first_bias", "mid", "mid_bias", "up", "up_bias"),
         *_fields(Pointer, "collect_bias", "squeeze", "squeeze_bias", "excite", "excite_bias", "reduce"),
         *_fields(Int, "hidden"),
         *_fields(ctypes.POINTER(Layer), "layers"),
-    ]
+    )
 
 
 class Net(ctypes.Structure):
-    _fields_ = [
+    _fields_ = (
         *_fields(Pointer, "first", "first_bias", "head", "head_bias"),
         *_fields(Pointer, "reduce_bias", "fuse", "fuse_bias", "tail", "tail_bias"),
         *_fields(Int, "n_modules", "n_layers", "n_colors", "scale"),
         *_fields(ctypes.POINTER(Module), "modules"),
-    ]
+    )
 
 
 class Call(ctypes.Structure):
-    _fields_ = [
+    _fields_ = (
         *_fields(ctypes.POINTER(Net), "net"),
         *_fields(Int, "height", "width", "strip_rows", "keep_head", "threads"),
         *_fields(Pointer, "run_parallel", "workspace", "image", "sr"),
-    ]
+    )
 
 
 FUNCTIONS = {  # name: (result, arguments)
@@ -200,14 +200,32 @@ class NativeWeights:
         )
 
 
+class NativeResult(NamedTuple):
+    """The results of a forward pass.
+
+    sr         (N, n_colors, scale height, scale width)
+    masks      bool (K, N, H, W), with the padding to an even height and width
+    important  of each module, the important pixels
+    executed   of each module, the multiply-adds executed
+    """
+
+    sr: torch.Tensor
+    masks: torch.Tensor
+    important: list[int]
+    executed: list[int]
+
+
 class NativePlan:
     """A compiled SMSR that native.cpp runs. plan and masked are described in `NativeWeights`.
 
-    Raises BuildError if the library cannot be built or loaded.
+    Raises BuildError for a network of another size, and if the library cannot be built or loaded.
     """
 
     def __init__(self, plan: Plan, masked: bool = True):
-        self.model, self.run_parallel, self.process = plan.model, find_pool(), os.getpid()
+        if plan.n_feats % CHANNELS or plan.n_feats > MAX_FEATS:
+            sizes = f"networks with a multiple of {CHANNELS} features up to {MAX_FEATS}"
+            raise BuildError(f"runs {sizes}, not {plan.n_feats}")
+        self.model, self.run_parallel = plan.model, find_pool()
         self.library = load_library(SMSR_FEATURES=plan.n_feats, SMSR_MASK_FEATURES=branch_size(plan))
         for name, (result, arguments) in FUNCTIONS.items():
             function = getattr(self.library, name)
@@ -216,29 +234,24 @@ class NativePlan:
         self.net = self.weights.net
         self._workspaces = []  # those that no call is using
 
-    def __call__(
-        self, x: torch.Tensor, sr: torch.Tensor, tile: int | None
-    ) -> tuple[torch.Tensor, list[int], list[int]]:
-        """Add the network to upsampled images.
-
-        x: images (N, n_colors, H, W) without their mean, float32, contiguous; H and W even
-        sr: (N, n_colors, scale H, scale W), float32, contiguous; changed in place
-        tile: as in sparse.Plan
-        Returns the masks, bool (K, N, H, W), and of each module the important pixels and the multiply-adds executed.
-        """
-        n, _, height, width = x.shape
-        n_modules = self.net.n_modules
-        masks = torch.empty(n_modules, n, height, width, dtype=torch.bool)
-        counts = torch.zeros(n_modules, 2, dtype=torch.int64)
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, tile: int | None = None) -> NativeResult:
+        """Run images x (N, n_colors, H, W) in 0...rgb_range, float32, finite; tile is that of sparse.Plan."""
+        model, n, (height, width) = self.model, len(x), x.shape[-2:]
+        x = pad_to_multiple(x - model.mean, 2).contiguous()
+        with torch.autocast("cpu", enabled=False):
+            sr = model.upsample(x).contiguous()  # the network is added to it
+        masks = torch.empty(self.net.n_modules, n, *x.shape[2:], dtype=torch.bool)
+        counts = torch.zeros(self.net.n_modules, 2, dtype=torch.int64)
         workspace = self._workspaces.pop() if self._workspaces else Workspace()  # each thread has its own
         try:
-            for image in range(n):
-                call, tiles = self._prepare(x[image], sr[image], tile, workspace)
-                self._run(call, tiles, masks[:, image], counts)
+            for index in range(n):
+                call, tiles = self._prepare(x[index], sr[index], tile, workspace)
+                self._run(call, tiles, masks[:, index], counts)
         finally:
             self._workspaces.append(workspace)
-        important, executed = counts.T.tolist()
-        return masks, important, executed
+        sr = sr[..., : height * model.scale, : width * model.scale]
+        return NativeResult(sr, masks, *counts.T.tolist())
 
     def _prepare(self, image: torch.Tensor, sr: torch.Tensor, tile: int | None, workspace: Workspace):
         """The arguments of native.cpp for an image, and the strips of its modules."""
@@ -251,7 +264,7 @@ class NativePlan:
             width=width,
             strip_rows=max(tile.bottom - tile.top for tile in tiles),
             keep_head=tile is None,
-            threads=torch.get_num_threads() if os.getpid() == self.process else 1,  # a fork has no threads
+            threads=torch.get_num_threads(),
             run_parallel=self.run_parallel,
             image=image.data_ptr(),
             sr=sr.data_ptr(),
@@ -283,7 +296,7 @@ class NativePlan:
 class NativeEngine:
     """Runs a network by its NativePlan; what that does not support runs by the plain plan.
 
-    The images and the mode are those of sparse.Plan. Raises BuildError if the library cannot be built or loaded.
+    The images and the mode are those of sparse.Plan. Raises BuildError as NativePlan does.
     """
 
     def __init__(self, plan: Plan):
@@ -293,21 +306,20 @@ class NativeEngine:
         if mode not in ("auto", "sparse") or x.dtype != torch.float32 or not x.is_cpu:
             return self.plain(x, mode, tile)
         check_finite(x)
-        model, (height, width) = self.plain.model, x.shape[-2:]
-        x = pad_to_multiple(x - model.mean, 2).contiguous()
-        with torch.autocast("cpu", enabled=False):
-            sr = model.upsample(x).contiguous()
-        masks, important, executed = self.native(x, sr, tile)
-        cost = self._cost(masks[..., :height, :width], important, executed, math.prod(masks.shape[1:]), tile)
-        return sr[..., : height * model.scale, : width * model.scale], cost
+        result = self.native(x, tile)
+        return result.sr, self._cost(result, x.shape[-2:], keep_head=tile is None)
 
-    def _cost(self, masks, important, executed, pixels, tile):
+    def _cost(self, result: NativeResult, size: torch.Size, keep_head: bool) -> Cost:
+        height, width = size
+        pixels = result.masks[0].numel()
         costs = [
-            block.cost(pixels, *counts, mask[:, None])
-            for block, *counts, mask in zip(self.plain.blocks, important, executed, masks, strict=True)
+            block.cost(pixels, important, executed, mask[:, None, :height, :width])
+            for block, mask, important, executed in zip(
+                self.plain.blocks, result.masks, result.important, result.executed, strict=True
+            )
         ]
-        fixed = self.native.fixed_macs(keep_head=tile is None) * pixels
-        return replace(self.plain.total_cost(costs, pixels), macs_run=fixed + sum(executed))
+        fixed = self.native.fixed_macs(keep_head) * pixels
+        return replace(self.plain.total_cost(costs, pixels), macs_run=fixed + sum(result.executed))
 
 
 @functools.cache  # once per process
@@ -317,11 +329,8 @@ def _report(problem: str) -> None:
 
 def build_native_engine(plan: Plan) -> NativeEngine | None:
     """The engine for a network on the CPU, or None if it cannot run there; the log says why."""
-    model = plan.model
-    if model.n_feats % CHANNELS or model.n_feats > MAX_FEATS:
-        _report(f"runs networks with a multiple of {CHANNELS} features up to {MAX_FEATS}, not {model.n_feats}")
-        return None
     try:
         return NativeEngine(plan)
-    except BuildError:  # load_library has logged it
+    except BuildError as error:
+        _report(str(error))
         return None

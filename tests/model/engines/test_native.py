@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from model import load_model
 from model.engines import pick_engine
 from model.engines.build import find_compiler, processor_flags
-from model.engines.native import Call, NativeEngine, NativePlan, build_native_engine
+from model.engines.native import NativeEngine, NativePlan
 from model.smsr import SMSR
 from model.sparse import Plan
 from tests.model.engines.native_case import build_driver, run_driver
@@ -172,7 +172,12 @@ def test_where_the_native_engine_is_picked(caplog):
     caplog.set_level("INFO", "smsr")
     assert isinstance(pick_engine(Plan(build_model())), NativeEngine)
     assert isinstance(build_model()._current_engine(), NativeEngine)
-    for other in (build_model().double(), build_model().bfloat16(), SMSR(2, n_feats=8), SMSR(2, n_feats=144, n_blocks=1)):
+    for other in (
+        build_model().double(),
+        build_model().bfloat16(),
+        SMSR(2, n_feats=8),
+        SMSR(2, n_feats=144, n_blocks=1),
+    ):
         assert isinstance(pick_engine(Plan(other)), Plan)
     for n_feats in (8, 144):
         problem = f"native engine: runs networks with a multiple of 16 features up to 128, not {n_feats}; using plain"
@@ -182,8 +187,7 @@ def test_where_the_native_engine_is_picked(caplog):
 def test_an_unmasked_network():
     model = build_model(dense=(9, 5, 0))
     x = torch.rand(1, 3, 22, 30) * 255
-    sr = model.upsample(x - model.mean)
-    NativePlan(Plan(model), masked=False)(x - model.mean, sr, None)
+    sr = NativePlan(Plan(model), masked=False)(x).sr
     unmasked = copy.deepcopy(model)
     with torch.no_grad():
         for block in unmasked.blocks:
@@ -289,13 +293,14 @@ def test_without_a_working_compiler_the_plain_engine_runs(tmp_path, environment,
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_after_a_fork(tmp_path):
+def test_in_a_forked_worker():
     lines = """
 import os
 torch.set_num_threads(2)
 expected = model(x)
 child = os.fork()
 if child == 0:
+    torch.set_num_threads(1)  # as the workers of a data loader do: the threads of OpenMP do not survive a fork
     os._exit(0 if torch.equal(model(x), expected) else 1)
 print(os.waitpid(child, 0)[1])
 """
@@ -309,8 +314,8 @@ def test_ctrl_c_between_strips():
     small = x[..., :20, :20]
     expected = engine(small)[0]
     timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
     with pytest.raises(KeyboardInterrupt):
-        timer.start()
         engine(x)
     assert torch.equal(engine(small)[0], expected)
 
