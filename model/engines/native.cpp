@@ -505,11 +505,11 @@ struct ModuleStrip : Image {
   void middle_convolution(Range around) const {
     const int64_t half_pitch = half_width + 2, count = std::min(rows / 2 + 1, around.end);
     clear_border(s.taps, count, half_pitch, TAPS);
-    parallel(count, [&](int64_t row, Scratch&) {
+    parallel(count, [&](int64_t row, Scratch& scratch) {
+      float* hidden = scratch.v;  // (ROWS, R)
       const float* above = s.pooled + (row - around.begin) * half_pitch * R;
       float* taps = s.taps + ((row + 1) * half_pitch + 1) * TAPS;
       for (int64_t x = 0; x < half_width; x += ROWS) {
-        alignas(64) float hidden[ROWS * R];
         for_columns(R, [&](auto width, int j) {
           constexpr int N = width.value;
           vec acc[ROWS][N];

@@ -314,9 +314,13 @@ def test_ctrl_c_between_strips():
     small = x[..., :20, :20]
     expected = engine(small)[0]
     timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
+
+    def run():
+        timer.start()
         engine(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
     assert torch.equal(engine(small)[0], expected)
 
 
