@@ -1,5 +1,5 @@
-// SMSR on CPUs: a forward pass that computes what the masks ask for. native.py prepares the weights, allocates all memory
-// and calls the functions at the end of this file; docs/sparse-inference.md explains the method with a figure.
+// SMSR on CPUs: a forward pass that computes what the masks ask for. native.py prepares the weights, allocates all
+// memory, and calls the functions at the end of this file. docs/sparse-inference.md explains the method with a figure.
 //
 // A map has C floats per pixel and a border of one pixel, which is zero. The channels of a layer are sorted, dense ones
 // first. An unimportant pixel has valid numbers only in the dense channels of its layer, padded to whole vectors; its
@@ -10,8 +10,8 @@
 //   back, all in the cache.
 // - Dense channels of unimportant pixels are convolved directly, in segments of neighbors in a row.
 //
-// A module runs on strips of rows, so that the maps of its layers are small. Every sum is computed in an order that does
-// not depend on the threads.
+// A module runs on strips of rows, so that the maps of its layers are small. Every sum is computed in an order that
+// does not depend on the threads.
 
 #include <algorithm>
 #include <atomic>
@@ -27,7 +27,7 @@
 
 namespace {
 
-// ---- vectors ---------------------------------------------------------------------------------------------------------
+// ---- vectors -------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
 constexpr int VL = 16;  // floats per vector
@@ -64,7 +64,7 @@ inline void prefetch(const float* p) { __builtin_prefetch(p); }
 inline int wide(int64_t n) { return (n + VL - 1) / VL * VL; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- what native.py passes -------------------------------------------------------------------------------------------
+// ---- what native.py passes -----------------------------------------------------------------------------------------
 
 struct Layer {
   const float* full;     // 16 x (C, C - skip): Winograd's matrices; skip is wide(n_out) in the first layer, else 0
@@ -73,9 +73,10 @@ struct Layer {
   int64_t n_in, n_out;   // dense channels
 };
 struct Module {
-  const float* first;  // 16 x (C, R + skip): the mask branch and the first layer's dense channels; null: nothing is masked
+  const float* first;  // 16 x (C, R + skip): the mask branch and the first layer's dense channels; null: no masks
   const float *first_bias, *mid, *mid_bias, *up, *up_bias;  // (R), 9 x (R, R), (R), (R, TAPS), (1)
-  const float *collect_bias, *squeeze, *squeeze_bias, *excite, *excite_bias;  // (C), (hidden, C), (hidden), (C, hidden), (C)
+  const float *collect_bias, *squeeze, *squeeze_bias;  // (C), (hidden, C), (hidden)
+  const float *excite, *excite_bias;                   // (C, hidden), (C)
   const float* reduce;  // (C, C): its part of the 1x1 convolution over all modules
   int64_t hidden;
   const Layer* layers;
@@ -101,10 +102,16 @@ struct Call {  // one image
   float* sr;           // (n_colors, scale height, scale width); the network is added to it
 };
 
-// ---- work memory -----------------------------------------------------------------------------------------------------
+// ---- work memory ---------------------------------------------------------------------------------------------------
 
-struct Block { int32_t pixel; uint32_t bits; };    // its top left pixel; which of the 4x4 pixels around it are important
-struct Segment { int32_t pixel; uint32_t bits; };  // its first pixel; which of its pixels are not important
+struct Block {
+  int64_t pixel;  // its top left pixel
+  uint32_t bits;  // which of the 4x4 pixels around it are important
+};
+struct Segment {
+  int64_t pixel;  // its first pixel
+  uint32_t bits;  // which of its pixels are not important
+};
 
 struct Scratch {  // of a thread
   static constexpr int V_STEP = ROWS * C + 16, M_STEP = ROWS * (C + R) + 16;  // not a power of two, for the cache
@@ -175,7 +182,7 @@ void clear_border(float* map, int64_t rows, int64_t pitch, int channels) {
   }
 }
 
-// ---- products --------------------------------------------------------------------------------------------------------
+// ---- products ------------------------------------------------------------------------------------------------------
 
 // acc += A B for M rows of A, row(i) is the i-th, and N vectors of the columns of B (K, .)
 template <int M, int N, class Row>
@@ -222,7 +229,7 @@ __attribute__((noinline)) void product(const float* a, const float* b, int n, fl
   });
 }
 
-// ---- Winograd's convolution on 2x2 blocks ----------------------------------------------------------------------------
+// ---- Winograd's convolution on 2x2 blocks --------------------------------------------------------------------------
 
 struct Source {  // a map as it is read
   const float* map;
@@ -296,7 +303,7 @@ void convolve(const Source& in, const Block* blocks, int count, const float* w, 
   }
 }
 
-// ---- one image -------------------------------------------------------------------------------------------------------
+// ---- one image -----------------------------------------------------------------------------------------------------
 
 struct Range { int64_t begin, end; };
 
@@ -340,7 +347,7 @@ struct Image {
       const int64_t first = task * TASK, n_blocks = std::min<int64_t>(TASK, count - first);
       for (int t = 0; t < n_blocks; t++) {
         row[t] = rows.begin + (first + t) / half_width, column[t] = (first + t) % half_width;
-        blocks[t] = {int32_t(at(2 * row[t], 2 * column[t])), ALL_BITS};
+        blocks[t] = {at(2 * row[t], 2 * column[t]), ALL_BITS};
       }
       convolve({map, pitch, GROUPS}, blocks, n_blocks, w, n, scratch,
                [&](int t, int g, const vec* y) { out(row[t], column[t], g, y); });
@@ -404,7 +411,7 @@ struct Image {
   void reduce(int64_t index, int64_t pixel, int64_t count) const {
     const bool is_last = index == net.n_modules - 1;
     int64_t rows[ROWS];
-    for (int64_t i = 0; i < ROWS; i++) rows[i] = pixel + std::min(i, count - 1) * C;  // another thread has the next ones
+    for (int64_t i = 0; i < ROWS; i++) rows[i] = pixel + std::min(i, count - 1) * C;  // the next are another thread's
     for_columns(C, [&](auto width, int j) {
       constexpr int N = width.value;
       vec acc[ROWS][N];
@@ -449,7 +456,7 @@ struct Image {
   }
 };
 
-// ---- one module on a strip -------------------------------------------------------------------------------------------
+// ---- one module on a strip -----------------------------------------------------------------------------------------
 
 // Pixels are numbered from `top` on, the first row of the strip with its halo; so are the pointers into maps.
 struct ModuleStrip : Image {
@@ -568,13 +575,13 @@ struct ModuleStrip : Image {
       const uint8_t* corner = s.mask + at(2 * row - 1, x - 1);
       uint32_t bits = 0;
       for (int i = 0; i < 16; i++) bits |= uint32_t(corner[i / 4 * pitch + i % 4]) << i;
-      if (bits & OWN_BITS) block(Block{int32_t(at(2 * row, x)), bits});
+      if (bits & OWN_BITS) block(Block{at(2 * row, x), bits});
     }
     for (int64_t y = 2 * row; y < 2 * row + 2; y++)
       for (int64_t x = 0; x < W; x += SEGMENT) {
         uint32_t bits = 0;
         for (int k = 0; k < std::min<int64_t>(SEGMENT, W - x); k++) bits |= uint32_t(!s.mask[at(y, x + k)]) << k;
-        if (bits) segment(Segment{int32_t(at(y, x)), bits});
+        if (bits) segment(Segment{at(y, x), bits});
       }
   }
 
@@ -602,8 +609,9 @@ struct ModuleStrip : Image {
     float* to = map(l) + skip(l);
     if (skip(l) == C) return;
     convolve(in, blocks, count, m.layers[l].full, C - skip(l), scratch, [&](int t, int g, const vec* y) {
+      float* corner = to + blocks[t].pixel * C + g * VL;
       for (int i = 0; i < 4; i++)
-        if (blocks[t].bits >> OWN[i] & 1) store(to + (blocks[t].pixel + i / 2 * pitch + i % 2) * C + g * VL, relu(y[i]));
+        if (blocks[t].bits >> OWN[i] & 1) store(corner + (i / 2 * pitch + i % 2) * C, relu(y[i]));
     });
   }
 
@@ -627,7 +635,7 @@ struct ModuleStrip : Image {
   }
 
   // Collect all channels of pixels, or the dense ones, into the module's map, and add them up in `sums` (C)
-  void collect(int32_t* pixels, int count, bool all, float* sums) const {
+  void collect(int64_t* pixels, int count, bool all, float* sums) const {
     std::fill_n(sums, C, 0.f);
     if (count == 0) return;
     std::fill_n(pixels + count, ROWS - 1, pixels[count - 1]);
@@ -639,14 +647,14 @@ struct ModuleStrip : Image {
           for (int k = 0; k < N; k++) row[k] = load(m.collect_bias + j + k * VL);
         for (int64_t l = 0; l < net.n_layers; l++) {
           const float* rows[ROWS];
-          for (int i = 0; i < ROWS; i++) rows[i] = map(l) + int64_t(pixels[first + i]) * C;
+          for (int i = 0; i < ROWS; i++) rows[i] = map(l) + pixels[first + i] * C;
           const Layer& layer = m.layers[l];
           multiply(acc, [&](int i) { return rows[i]; }, layer.collect + j, C, all ? C : layer.n_out);
         }
         vec sum[N] = {};
         for (int i = 0; i < std::min(ROWS, count - first); i++)
           for (int k = 0; k < N; k++) {
-            store(module + int64_t(pixels[first + i]) * C + j + k * VL, acc[i][k]);
+            store(module + pixels[first + i] * C + j + k * VL, acc[i][k]);
             sum[k] += acc[i][k];
           }
         for (int k = 0; k < N; k++) store(sums + j + k * VL, load(sums + j + k * VL) + sum[k]);
@@ -654,7 +662,7 @@ struct ModuleStrip : Image {
   }
 
   void collect_blocks(const Block* blocks, int count, float* sums) const {
-    int32_t pixels[4 * TASK + ROWS];
+    int64_t pixels[4 * TASK + ROWS];
     int n = 0;
     for (int t = 0; t < count; t++)
       for (int i = 0; i < 4; i++)
@@ -663,7 +671,7 @@ struct ModuleStrip : Image {
   }
 
   void collect_segments(const Segment* segments, int count, float* sums) const {
-    int32_t pixels[SEGMENT * SEGMENT_TASK + ROWS];
+    int64_t pixels[SEGMENT * SEGMENT_TASK + ROWS];
     int n = 0;
     for (int t = 0; t < count; t++)
       for (int i = 0; i < SEGMENT; i++)
@@ -731,7 +739,7 @@ struct ModuleStrip : Image {
 
 }  // namespace
 
-// ---- the functions that native.py calls ------------------------------------------------------------------------------
+// ---- the functions that native.py calls ----------------------------------------------------------------------------
 
 extern "C" {
 

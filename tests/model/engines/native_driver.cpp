@@ -2,8 +2,8 @@
 //
 //     native_driver INPUT OUTPUT
 //
-// INPUT is what `write_case` in test_native.py writes, all numbers of 8 bytes but float arrays. OUTPUT gets the SR image,
-// the masks, and per module the important pixels and the multiply-adds.
+// INPUT is what `write_case` in native_case.py writes: integers of 8 bytes and arrays of floats. OUTPUT gets the SR
+// image, the masks, and per module the important pixels and the multiply-adds.
 
 #include "../../../model/engines/native.cpp"
 
