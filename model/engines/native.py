@@ -25,8 +25,7 @@ from utility import logger
 MAX_FEATS = 128  # more do not fit in the cache
 CHANNELS = 16  # native.cpp takes multiples of this
 TAPS = 16  # nine numbers per pixel of the transposed convolution, padded
-SMALLEST_STRIP = 256  # an image of this side is run in one piece, whatever memory that takes
-LAYER_MAPS = 2  # the maps of the layers of a strip may together take the memory of this many maps of the image
+SMALLEST_STRIP = 180  # side of a strip whose maps are small enough to be kept
 WINOGRAD = 4  # products per output, input and output channel that F(2x2, 3x3) needs instead of 9
 CACHE_LINE = 64
 
@@ -94,7 +93,7 @@ def to_winograd(weight: torch.Tensor) -> torch.Tensor:
 
 def branch_size(plan: Plan) -> int:
     """The number of channels of the mask branches, padded."""
-    return round_up(plan.model.blocks[0].spatial_mask.full.out_channels, CHANNELS)
+    return round_up(max(block.spatial_mask.full.out_channels for block in plan.model.blocks), CHANNELS)
 
 
 def find_pool() -> int:
@@ -118,8 +117,10 @@ class NativeWeights:
         self.kept = []  # what the structures point to
         self.net = self._pack_net(plan, masked)
 
-    def _pack(self, tensor: torch.Tensor) -> int:
-        """The address of a float32 copy that lives as long as these weights."""
+    def _pack(self, tensor: torch.Tensor, *shape: int) -> int:
+        """The address of a float32 copy that lives as long as these weights. Raises BuildError for another shape."""
+        if tuple(tensor.shape) != shape:
+            raise BuildError(f"cannot run weights of the shape {tuple(tensor.shape)} instead of {shape}")
         copy = tensor.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         self.kept.append(copy)
         return copy.data_ptr()
@@ -132,43 +133,50 @@ class NativeWeights:
         return round_up(n, self.vector)
 
     def _pack_net(self, plan: Plan, masked: bool) -> Net:
-        model, pack = plan.model, self._pack
+        model, pack, c = plan.model, self._pack, self.n_feats
+        if len({len(block.layers) for block in plan.blocks}) != 1:
+            raise BuildError("cannot run modules with different numbers of layers")
         first, _, second = model.head
-        tail = model.tail.conv
-        parts = tail.weight.split(self.n_feats)
-        parts = [pad_to(to_winograd(part), self._wide(len(part))).flatten() for part in parts]
         reduce = model.collect.reduce.weight[:, :, 0, 0].T.chunk(len(plan.blocks))  # K of (C, C), inputs first
         modules = [self._pack_module(block, part, masked) for block, part in zip(plan.blocks, reduce, strict=True)]
-        return Net(
-            first=pack(first.weight.permute(1, 2, 3, 0)),  # (n_colors, 3, 3, C)
-            first_bias=pack(first.bias),
-            head=pack(to_winograd(second.weight)),
-            head_bias=pack(second.bias),
-            reduce_bias=pack(model.collect.reduce.bias),
-            fuse=pack(to_winograd(model.collect.fuse.weight)),
-            fuse_bias=pack(model.collect.fuse.bias),
-            tail=pack(torch.cat(parts)),
-            tail_bias=pack(pad_to(tail.bias, self._wide(len(tail.bias)))),
+        net = Net(
+            first=pack(first.weight.permute(1, 2, 3, 0), model.n_colors, 3, 3, c),
+            first_bias=pack(first.bias, c),
+            head=pack(to_winograd(second.weight), 16, c, c),
+            head_bias=pack(second.bias, c),
+            reduce_bias=pack(model.collect.reduce.bias, c),
+            fuse=pack(to_winograd(model.collect.fuse.weight), 16, c, c),
+            fuse_bias=pack(model.collect.fuse.bias, c),
             n_modules=len(modules),
             n_layers=len(plan.blocks[0].layers),
             n_colors=model.n_colors,
             scale=model.scale,
             modules=self._pack_array(Module, modules),
         )
+        self._pack_tail(net, model.tail.conv)
+        return net
+
+    def _pack_tail(self, net: Net, conv: nn.Conv2d) -> None:
+        outputs = net.n_colors * net.scale**2
+        parts = conv.weight.split(self.n_feats)
+        parts = [pad_to(to_winograd(part), self._wide(len(part))).flatten() for part in parts]
+        net.tail = self._pack(torch.cat(parts), 16 * self.n_feats * self._wide(outputs))
+        net.tail_bias = self._pack(pad_to(conv.bias, self._wide(outputs)), self._wide(outputs))
 
     def _pack_module(self, plan: BlockPlan, reduce: torch.Tensor, masked: bool) -> Module:
-        block, pack = plan.block, self._pack
+        block, pack, c = plan.block, self._pack, self.n_feats
         squeeze, _, excite, _ = block.attention
+        hidden = squeeze.out_channels
         skip = self._wide(plan.layers[0].n_out) if masked else 0  # channels that come with the mask branch
         layers = [self._pack_layer(layer, 0 if index else skip, masked) for index, layer in enumerate(plan.layers)]
         module = Module(
-            collect_bias=pack(block.collect.bias),
-            squeeze=pack(squeeze.weight),
-            squeeze_bias=pack(squeeze.bias),
-            excite=pack(excite.weight),
-            excite_bias=pack(excite.bias),
-            reduce=pack(reduce),
-            hidden=squeeze.out_channels,
+            collect_bias=pack(block.collect.bias, c),
+            squeeze=pack(squeeze.weight[..., 0, 0], hidden, c),
+            squeeze_bias=pack(squeeze.bias, hidden),
+            excite=pack(excite.weight[..., 0, 0], c, hidden),
+            excite_bias=pack(excite.bias, c),
+            reduce=pack(reduce, c, c),
+            hidden=hidden,
             layers=self._pack_array(Layer, layers),
         )
         if masked:
@@ -177,24 +185,25 @@ class NativeWeights:
 
     def _pack_mask_branch(self, module: Module, branch: nn.Module, dense: torch.Tensor) -> None:
         """dense: the weights (C', C, 3, 3) of the first layer that are multiplied together with the mask branch."""
-        pack, hidden = self._pack, self.branch
-        first = torch.cat([pad_to(to_winograd(branch.full.weight), hidden), to_winograd(dense)], 2)
+        pack, r = self._pack, self.branch
+        first = torch.cat([pad_to(to_winograd(branch.full.weight), r), to_winograd(dense)], 2)
         # A pixel is important if its second logit is larger, so the difference of both is enough.
-        logits = branch.logits.weight.detach()  # (R, 2, 3, 3)
-        bias = branch.logits.bias.detach()
-        module.first = pack(first)
-        module.first_bias = pack(pad_to(branch.full.bias, hidden))
-        module.mid = pack(pad_to(to_taps(branch.pooled.weight), hidden, hidden))
-        module.mid_bias = pack(pad_to(branch.pooled.bias, hidden))
-        module.up = pack(pad_to((logits[:, 1] - logits[:, 0]).flatten(1), hidden, TAPS))
-        module.up_bias = pack(bias[1:] - bias[:1])
+        logits, bias = branch.logits.weight.detach(), branch.logits.bias.detach()  # (R, 2, 3, 3), (2,)
+        module.first = pack(first, 16, self.n_feats, r + len(dense))
+        module.first_bias = pack(pad_to(branch.full.bias, r), r)
+        module.mid = pack(pad_to(to_taps(branch.pooled.weight), r, r), 9, r, r)
+        module.mid_bias = pack(pad_to(branch.pooled.bias, r), r)
+        module.up = pack(pad_to((logits[:, 1] - logits[:, 0]).flatten(1), r, TAPS), r, TAPS)
+        module.up_bias = pack(bias[1:] - bias[:1], 1)
 
     def _pack_layer(self, plan: LayerPlan, skip: int, masked: bool) -> Layer:
-        n_in, n_out = (plan.n_in, plan.n_out) if masked else (self.n_feats, 0)
+        c = self.n_feats
+        n_in, n_out = (plan.n_in, plan.n_out) if masked else (c, 0)
+        thin = pad_to(to_taps(plan.weight[:n_out, :n_in]), self._wide(n_out))
         return Layer(
-            full=self._pack(to_winograd(plan.weight[skip:])),
-            thin=self._pack(pad_to(to_taps(plan.weight[:n_out, :n_in]), self._wide(n_out))),
-            collect=self._pack(plan.collect_weight.T),
+            full=self._pack(to_winograd(plan.weight[skip:]), 16, c, c - skip),
+            thin=self._pack(thin, 9, n_in, self._wide(n_out)),
+            collect=self._pack(plan.collect_weight.T, c, c),
             n_in=n_in,
             n_out=n_out,
         )
@@ -256,13 +265,14 @@ class NativePlan:
     def _prepare(self, image: torch.Tensor, sr: torch.Tensor, tile: int | None, workspace: Workspace):
         """The arguments of native.cpp for an image, and the strips of its modules."""
         _, height, width = image.shape
-        side = max(SMALLEST_STRIP, math.isqrt(height * width * LAYER_MAPS // self.net.n_layers))
+        # The maps of all layers of a strip take as much memory as one map of the image.
+        side = max(SMALLEST_STRIP, math.isqrt(height * width // self.net.n_layers))
         tiles = split_into_tiles(1, height, width, tile or side)
         call = Call(
             net=ctypes.pointer(self.net),
             height=height,
             width=width,
-            strip_rows=max(tile.bottom - tile.top for tile in tiles),
+            strip_rows=max(strip.bottom - strip.top for strip in tiles),
             keep_head=tile is None,
             threads=torch.get_num_threads(),
             run_parallel=self.run_parallel,

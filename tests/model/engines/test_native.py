@@ -184,6 +184,14 @@ def test_where_the_native_engine_is_picked(caplog):
         assert sum(message.startswith(problem) for message in caplog.messages) == 1
 
 
+def test_weights_of_another_shape_are_left_to_the_plain_engine(caplog):
+    caplog.set_level("INFO", "smsr")
+    model = build_model()
+    model.blocks[1].attention[2] = torch.nn.Conv2d(1, 15, 1)
+    assert isinstance(pick_engine(Plan(model)), Plan)
+    assert "native engine: cannot run weights of the shape (15, 1) instead of (16, 1); using plain" in caplog.text
+
+
 def test_an_unmasked_network():
     model = build_model(dense=(9, 5, 0))
     x = torch.rand(1, 3, 22, 30) * 255
@@ -195,7 +203,7 @@ def test_an_unmasked_network():
         torch.testing.assert_close(sr, unmasked.masked_forward(x), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize(("tile", "maps"), [(None, 6.3), (256, 3.5)])
+@pytest.mark.parametrize(("tile", "maps"), [(None, 5.4), (256, 3.5)])
 def test_memory_of_a_large_image(tile, maps):
     plan = NativePlan(Plan(build_model(64, dense=(24, 9, 3, 0))))
     height, width = 1080, 1920
