@@ -32,7 +32,7 @@ MODEL_FLAGS = (
 RESERVED_SET_NAMES = ("demo", "video")  # of --data_test: the user's own files
 PAPER_SCHEDULES = {"decay": [200], "tau_epochs": 500, "lambda_warmup": 50}  # for 1000 epochs
 INFERENCE_MODES = ("auto", "sparse", "dense")
-ENGINES = ("auto", "plain", "fused")
+ENGINES = ("auto", "plain", "fused", "native")
 CACHE_KINDS = ("img", "sep", "sep_reset", "bin", "device")
 OnOff = argparse.BooleanOptionalAction  # so that a resumed run can switch it off
 
@@ -289,8 +289,8 @@ def _add_testing_options(group):
         "--engine",
         choices=ENGINES,
         default="auto",
-        help="what runs an SMSR: Triton kernels on an NVIDIA GPU (fused), PyTorch operators (plain), "
-        "or the fastest one that runs here (auto)",
+        help="what runs an SMSR: Triton kernels on an NVIDIA GPU (fused), C++ kernels on a CPU (native), "
+        "PyTorch operators (plain), or the fastest one that runs here (auto)",
     )
     group.add_argument("--chop", action="store_true", help="process images in tiles to save memory; same result")
     group.add_argument(

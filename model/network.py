@@ -20,7 +20,7 @@ class Cost:
     pixels      low-resolution pixels processed, padding and overlaps included
     macs        multiply-adds of the convolutions that the masks require, as the paper counts them
     macs_dense  multiply-adds of the same network if nothing is skipped
-    macs_run    multiply-adds executed: `macs` and the overhead of skipping
+    macs_run    multiply-adds executed: more by the overhead of skipping, fewer by Winograd's transform
     important   important pixels in the mask of each SMM; empty for a network without masks
     active      active share of the sparse convolutions (1: nothing skipped), times `pixels`
     masks       of each SMM, bool (N, 1, H, W), true where a pixel is important; dropped by addition

@@ -10,7 +10,7 @@ computed or applied. All run in eager PyTorch and channels-last memory.
     unmasked_ms         the unmasked network in its fastest form, without concatenations and in place where possible
     as_written_ms       the unmasked network as it is written, with concatenations
     sparse_ms           --inference sparse of main.py: every module is sparse
-    auto_ms             --inference auto: each module is sparse or masked dense, whichever is faster
+    auto_ms             --inference auto, by the fastest engine: native on a CPU, fused on a GPU, else plain
     edsr_ms             EDSR-baseline of the same scale
     speedup             unmasked_ms / auto_ms
     speedup_as_written  as_written_ms / auto_ms
@@ -19,6 +19,13 @@ computed or applied. All run in eager PyTorch and channels-last memory.
     max_abs_diff        largest difference from the masked dense computation, for pixels in 0...255
     peak_mib_unmasked   largest amount of memory a call needs in addition to weights and image
     peak_mib_sparse     the same for sparse inference; on a CPU both are measured on Linux only
+If the native engine runs, these columns show what the masks save and what its kernels do:
+
+    plain_ms                 --inference auto by plain operators
+    unmasked_native_ms       the unmasked network by the kernels of the native engine
+    speedup_unmasked_native  unmasked_native_ms / auto_ms: what the masks alone save
+
+With --compile, unmasked_compiled_ms is the unmasked network after torch.compile. This takes a minute per image size.
 """
 
 import argparse
@@ -26,6 +33,7 @@ import copy
 import functools
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +43,11 @@ from tqdm import tqdm
 
 from data.image import list_images, read_image
 from model import build_model, load_model
+from model.engines import pick_engine
+from model.engines.native import NativeEngine, NativePlan
 from model.network import Network
 from model.smsr import SMSR
+from model.sparse import Plan
 from option import positive_int
 from tools.baselines import Unmasked, UnmaskedAsWritten, with_density
 from tools.timing import peak_mib, timed
@@ -44,8 +55,7 @@ from utility import PRECISIONS, InputError, pick_device, write_json
 
 SAMPLE = Path(__file__).resolve().parent.parent / "testsets/benchmark/Sample"
 PLOT_FORMATS = (".png", ".svg", ".pdf")
-TIMES = ("unmasked_ms", "as_written_ms", "sparse_ms", "auto_ms", "edsr_ms")
-RATIOS = ("speedup", "speedup_as_written", "mac_ratio", "efficiency")  # reported as geometric means over the images
+RATIOS = ("speedup", "speedup_as_written", "speedup_unmasked_native", "mac_ratio", "efficiency")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive_int, default=1, help="number of copies of an image per call")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--precision", choices=PRECISIONS, default="single", help="floating-point type of all networks")
+    parser.add_argument("--compile", action="store_true", help="also time the compiled unmasked network")
     parser.add_argument(
         "--plot",
         type=plot_file,
@@ -124,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
         for name, image in read_images(args, model.n_colors).items()
     }
     images = [
-        {"name": name, **measure(model, edsr, x, args.repeats)}
+        {"name": name, **measure(model, edsr, x, args.repeats, args.compile)}
         for name, x in tqdm(batches.items(), desc="images", leave=False)
     ]
     report = {
@@ -135,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
         "batch": args.batch,
         "images": images,
     }
-    for column in RATIOS:
+    for column in ratio_columns(images):
         report[f"geomean_{column}"] = statistics.geometric_mean(image[column] for image in images)
     print("\n".join(table(report)))
     if args.json:
@@ -146,37 +157,59 @@ def run(args: argparse.Namespace) -> None:
 
 
 @torch.inference_mode()
-def measure(model: SMSR, edsr: Network, x: torch.Tensor, repeats: int) -> dict[str, object]:
+def measure(model: SMSR, edsr: Network, x: torch.Tensor, repeats: int, compiled: bool) -> dict[str, object]:
     """The results for images x (N, n_colors, H, W) in 0...rgb_range; see the top of this file for the keys."""
     _, cost = model.inference(x, "sparse")
-    unmasked = Unmasked(model)
-    times = timed(
-        {
-            "unmasked_ms": functools.partial(unmasked, x),
-            "as_written_ms": functools.partial(UnmaskedAsWritten(model), x),
-            "sparse_ms": functools.partial(model.inference, x, "sparse"),
-            "auto_ms": functools.partial(model.inference, x, "auto"),
-            "edsr_ms": functools.partial(edsr, x),
-        },
-        x.device,
-        repeats,
-    )
-    mac_ratio, speedup = cost.macs_dense / cost.macs, times["unmasked_ms"] / times["auto_ms"]
-    difference = largest_difference(model, x)
+    networks = {
+        "unmasked_ms": Unmasked(model),
+        "as_written_ms": UnmaskedAsWritten(model),
+        "sparse_ms": functools.partial(model.inference, mode="sparse"),
+        "auto_ms": functools.partial(model.inference, mode="auto"),
+        "edsr_ms": edsr,
+        **native_comparison(model),
+    }
+    if compiled:
+        networks["unmasked_compiled_ms"] = torch.compile(Unmasked(model))
+    calls = {name: functools.partial(network, x) for name, network in networks.items()}
+    times = timed(calls, x.device, repeats)
     fresh = copy.deepcopy(model)
     fresh.inference(x[..., :2, :2], "sparse")  # builds the plan, with a workspace of almost no size
     return {
         "lr_shape": list(x.shape[2:]),
         "mask_density": cost.mask_density,
         **times,
-        "speedup": speedup,
-        "speedup_as_written": times["as_written_ms"] / times["auto_ms"],
-        "mac_ratio": mac_ratio,
-        "efficiency": speedup / mac_ratio,
-        "max_abs_diff": difference,
-        "peak_mib_unmasked": peak_mib(functools.partial(unmasked, x), x.device),
+        **ratios(times, cost.macs_dense / cost.macs),
+        "max_abs_diff": largest_difference(model, x),
+        "peak_mib_unmasked": peak_mib(calls["unmasked_ms"], x.device),
         "peak_mib_sparse": peak_mib(functools.partial(fresh.inference, x, "sparse"), x.device),
     }
+
+
+def native_comparison(model: SMSR) -> dict[str, Callable[[torch.Tensor], object]]:
+    """The networks that tell the gain by masks from the gain by native kernels, {column: network}; else none."""
+    plan = Plan(model)
+    if not isinstance(pick_engine(plan), NativeEngine):
+        return {}
+    return {"plain_ms": plan, "unmasked_native_ms": NativePlan(plan, masked=False)}
+
+
+def ratios(times: dict[str, float], mac_ratio: float) -> dict[str, float]:
+    """The values of RATIOS for the times of an image in milliseconds."""
+    speedups = {
+        "speedup": "unmasked_ms",
+        "speedup_as_written": "as_written_ms",
+        "speedup_unmasked_native": "unmasked_native_ms",
+    }
+    values = {name: times[column] / times["auto_ms"] for name, column in speedups.items() if column in times}
+    return {**values, "mac_ratio": mac_ratio, "efficiency": values["speedup"] / mac_ratio}
+
+
+def time_columns(images: list[dict[str, object]]) -> list[str]:
+    return [column for column in images[0] if column.endswith("_ms")]
+
+
+def ratio_columns(images: list[dict[str, object]]) -> list[str]:
+    return [column for column in RATIOS if column in images[0]]
 
 
 def largest_difference(model: SMSR, x: torch.Tensor) -> float:
@@ -188,17 +221,18 @@ def largest_difference(model: SMSR, x: torch.Tensor) -> float:
 
 def table(report: dict[str, object]) -> list[str]:
     """The lines that show a report: a header, one row per image, and the geometric means."""
-    widths = {column: max(9, len(column)) for column in (*TIMES, *RATIOS)}
+    time_names, ratio_names = time_columns(report["images"]), ratio_columns(report["images"])
+    widths = {column: max(9, len(column)) for column in (*time_names, *ratio_names)}
     name_width = max(10, *(len(image["name"]) for image in report["images"]))
     header = "".join(f" {column:>{width}}" for column, width in widths.items())
     lines = [f"{'LR image':{name_width}} {'size':>10} {'density':>8}{header}"]
     for image in report["images"]:
         size = "x".join(map(str, image["lr_shape"]))
         density = statistics.fmean(image["mask_density"])
-        numbers = "".join(f" {image[column]:{widths[column]}.1f}" for column in TIMES)
-        numbers += "".join(f" {image[column]:{widths[column]}.2f}" for column in RATIOS)
+        numbers = "".join(f" {image[column]:{widths[column]}.1f}" for column in time_names)
+        numbers += "".join(f" {image[column]:{widths[column]}.2f}" for column in ratio_names)
         lines.append(f"{image['name']:{name_width}} {size:>10} {density:8.2f}{numbers}")
-    means = "".join(f" {report[f'geomean_{column}']:{widths[column]}.2f}" for column in RATIOS)
+    means = "".join(f" {report[f'geomean_{column}']:{widths[column]}.2f}" for column in ratio_names)
     lines.append("geometric mean".ljust(len(lines[0]) - len(means)) + means)
     return lines
 

@@ -1,9 +1,12 @@
 """Engines that run a compiled SMSR. sparse.Plan, with plain PyTorch operators, is the reference and runs everywhere."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 
+from model.engines.build import BuildError
+from model.engines.native import NativeEngine
 from model.network import Cost, DeferredCost
 from model.sparse import Plan
 from utility import InputError, logger
@@ -11,12 +14,12 @@ from utility import InputError, logger
 # A function of images (N, n_colors, H, W), the mode and the tile, as `SMSR.inference`.
 Engine = Callable[[torch.Tensor, str, int | None], tuple[torch.Tensor, Cost | DeferredCost]]
 
-NAMES = ("auto", "plain", "fused")
-FASTEST = {"cuda": "fused"}  # by the kind of device; plain elsewhere
+NAMES = ("auto", "plain", "fused", "native")
+FASTEST = {"cuda": "fused", "cpu": "native"}  # by the kind of device; plain elsewhere
 
 
 class UnavailableError(Exception):
-    """An engine cannot run here. The message says what is missing."""
+    """An engine cannot run here. The message says why."""
 
 
 def pick_engine(plan: Plan, name: str = "auto") -> Engine:
@@ -32,8 +35,13 @@ def pick_engine(plan: Plan, name: str = "auto") -> Engine:
     except UnavailableError as error:
         if name != "auto":
             raise InputError(f"{wanted}: {error}; choose another engine, or auto", argument="engine") from None
-        logger.info(f"the {wanted} engine is not used: {error}; using plain operators, which are slower")
+        _report(f"{wanted} engine: {error}; using plain operators, which are slower")
         return plan
+
+
+@functools.cache  # once per process
+def _report(line: str) -> None:
+    logger.info(line)
 
 
 def _build_fused(plan: Plan) -> Engine:
@@ -49,4 +57,13 @@ def _build_fused(plan: Plan) -> Engine:
     return FusedEngine(plan)
 
 
-_BUILDERS = {"fused": _build_fused}
+def _build_native(plan: Plan) -> Engine:
+    if plan.model.device.type != "cpu" or plan.model.dtype != torch.float32:
+        raise UnavailableError("it runs on CPUs in float32 only")
+    try:
+        return NativeEngine(plan)
+    except BuildError as error:
+        raise UnavailableError(str(error)) from error
+
+
+_BUILDERS = {"fused": _build_fused, "native": _build_native}

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import nn
 
 from model.common import bicubic_weights
 from model.engines import fused_kernels as kernels
 from model.engines.graphs import MAX_SHARE, GraphCache, run_both
+from model.engines.weights import pad_to, to_taps
 from model.network import Cost, DeferredCost
 from model.sparse import BlockPlan, Plan
 from utility import InputError, is_out_of_memory, logger
@@ -33,17 +33,6 @@ SMALL_TILE = 64  # pixels per tile of the kernels that only read and write
 def pad_size(size: int) -> int:
     """The smallest power of two that holds `size` channels and that a tensor core can multiply; 0 for none."""
     return 0 if size == 0 else max(16, triton.next_power_of_2(size))
-
-
-def pad_to(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
-    """Append zeros until the last axes have these sizes."""
-    missing = [size - have for size, have in zip(sizes, tensor.shape[-len(sizes) :], strict=True)]
-    return F.pad(tensor, [pad for amount in reversed(missing) for pad in (0, amount)]).contiguous()
-
-
-def to_taps(weight: torch.Tensor) -> torch.Tensor:
-    """Weights of a convolution (C', C, 3, 3) -> (9, C, C')."""
-    return weight.detach().permute(2, 3, 1, 0).flatten(0, 1)
 
 
 def to_windows(weight: torch.Tensor, channels: int, outputs: int) -> torch.Tensor:

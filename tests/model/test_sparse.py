@@ -15,12 +15,18 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation import compare, macs_at_1280x720
-from model import load_model, sparse
+from model import engines, load_model, sparse
 from model.smsr import DENSE, SMM, SMSR
 from model.sparse import INFERENCE_MODES, BlockPlan, Plan, Workspace, break_even, build_kernel_map, find_neighbors
 from model.tiling import split_into_tiles
 from tests.model.masks import with_dense_channels, with_density
 from utility import InputError
+
+
+@pytest.fixture(autouse=True)
+def plain_engine(monkeypatch):
+    """Networks on the CPU run by the plan itself, whatever other engines there are."""
+    monkeypatch.setattr(engines, "pick_engine", lambda plan, name: plan)
 
 
 @torch.no_grad()

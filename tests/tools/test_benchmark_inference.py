@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model.edsr import EDSR
+from model.engines.build import find_compiler
 from model.smsr import SMSR
 from tools.baselines import Unmasked, UnmaskedAsWritten, with_density
 from tools.benchmark import main
@@ -91,6 +92,20 @@ def test_the_report_has_the_documented_content(tmp_path, weights, capsys):
     assert printed[1].split()[:2] == ["a", "12x10"]
     assert printed[-1].startswith("geometric mean")
     assert len({len(line) for line in printed}) == 1
+
+
+@pytest.mark.skipif(not find_compiler(), reason="needs a C++ compiler")
+def test_the_native_engine_is_compared_with_its_own_kernels(tmp_path, capsys):
+    torch.save(SMSR(2, n_feats=16, n_blocks=2, n_layers=2).state_dict(), tmp_path / "w.pt")
+    run(str(tmp_path / "w.pt"), "--size", "12x10", "--json", str(tmp_path / "out.json"))
+    report = json.loads((tmp_path / "out.json").read_text())
+    image = report["images"][0]
+    assert image["speedup_unmasked_native"] == pytest.approx(image["unmasked_native_ms"] / image["auto_ms"])
+    assert report["geomean_speedup_unmasked_native"] == pytest.approx(image["speedup_unmasked_native"])
+    header = capsys.readouterr().out.splitlines()[0].split()
+    added = {"plain_ms", "unmasked_native_ms", "speedup_unmasked_native"}
+    assert added <= set(header)
+    assert added <= image.keys()
 
 
 def test_one_image_of_a_given_size(weights, capsys):
