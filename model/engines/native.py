@@ -23,7 +23,8 @@ from model.tiling import Tile, split_into_tiles
 MAX_FEATS = 128  # more do not fit in the cache
 CHANNELS = 16  # native.cpp takes multiples of this
 TAPS = 16  # nine numbers per pixel of the transposed convolution, padded
-SMALLEST_STRIP = 180  # side of a strip whose maps are small enough to be kept
+SMALLEST_STRIP = 180  # side of a strip whose maps are small enough not to matter
+STRIPS = 3  # strips of a larger image: fewer need more memory than the plain engine, more compute more rows twice
 WINOGRAD = 4  # products per output, input and output channel that F(2x2, 3x3) needs instead of 9
 CACHE_LINE = 64
 
@@ -263,8 +264,7 @@ class NativePlan:
     def _prepare(self, image: torch.Tensor, sr: torch.Tensor, tile: int | None, workspace: Workspace):
         """The arguments of native.cpp for an image, and the strips of its modules."""
         _, height, width = image.shape
-        # The maps of all layers of a strip take as much memory as one map of the image.
-        side = max(SMALLEST_STRIP, math.isqrt(height * width // self.net.n_layers))
+        side = max(SMALLEST_STRIP, math.isqrt(height * width // STRIPS))
         tiles = split_into_tiles(1, height, width, tile or side)
         call = Call(
             net=ctypes.pointer(self.net),

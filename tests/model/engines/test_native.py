@@ -205,7 +205,7 @@ def test_an_unmasked_network():
         torch.testing.assert_close(sr, unmasked.masked_forward(x), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize(("tile", "maps"), [(None, 5.4), (256, 3.5)])
+@pytest.mark.parametrize(("tile", "maps"), [(None, 5.8), (256, 3.5)])
 def test_memory_of_a_large_image(tile, maps):
     plan = NativePlan(Plan(build_model(64, dense=(24, 9, 3, 0))))
     height, width = 1080, 1920
