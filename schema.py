@@ -83,6 +83,16 @@ def exactly(expected: Any) -> Schema:
     return problems
 
 
+def any_of(*schemas: Schema) -> Schema:
+    """A value that fits one of the schemas; the problems are those of the first."""
+
+    def problems(value, name):
+        found = [list(schema(value, name)) for schema in schemas]
+        yield from found[0] if all(found) else ()
+
+    return problems
+
+
 def list_of(schema: Schema, at_least: int = 0, at_most: int | None = None) -> Schema:
     """A list or tuple of values that fit the schema, with so many entries."""
 
