@@ -75,7 +75,7 @@ def optional(schema: Schema) -> Schema:
     return problems
 
 
-def exactly(expected: Any) -> Schema:
+def exactly(expected: int | str) -> Schema:
     def problems(value, name):
         if type(value) is not type(expected) or value != expected:
             yield _mismatch(value, name, reprlib.repr(expected))
@@ -93,17 +93,30 @@ def any_of(*schemas: Schema) -> Schema:
     return problems
 
 
-def list_of(schema: Schema, at_least: int = 0, at_most: int | None = None) -> Schema:
-    """A list or tuple of values that fit the schema, with so many entries."""
+def list_of(schema: Schema, at_least: int = 0) -> Schema:
+    """A list or tuple of values that fit the schema, with at least so many entries."""
 
     def problems(value, name):
         if not isinstance(value, list | tuple):
             yield _mismatch(value, name, "a list")
-        elif len(value) < at_least or (at_most is not None and len(value) > at_most):
-            yield f"{name or 'it'} has {len(value)} entries"
+        elif len(value) < at_least:
+            yield f"{name or 'it'} has {len(value)} entries, not at least {at_least}"
         else:
             for index, item in enumerate(value):
                 yield from schema(item, _join(name, index))
+
+    return problems
+
+
+def sequence(*schemas: Schema) -> Schema:
+    """A list or tuple with one value per schema."""
+
+    def problems(value, name):
+        if not isinstance(value, list | tuple) or len(value) != len(schemas):
+            yield _mismatch(value, name, f"a list of {len(schemas)} entries")
+        else:
+            for index, schema in enumerate(schemas):
+                yield from schema(value[index], _join(name, index))
 
     return problems
 
@@ -186,10 +199,9 @@ def optimizer_like(optimizer: torch.optim.Optimizer) -> Schema:
     groups, states = [], {}
     for group in optimizer.param_groups:
         ids = range(len(states), len(states) + len(group["params"]))
-        groups.append(mapping({"params": exactly(list(ids))}, rest=anything))
+        groups.append(mapping({"params": sequence(*map(exactly, ids))}, rest=anything))
         states |= {index: _state_like(optimizer, value) for index, value in zip(ids, group["params"], strict=True)}
-    (group,) = groups  # every optimizer here has one
-    return mapping({"state": mapping(optional=states), "param_groups": list_of(group, 1, 1)})
+    return mapping({"state": mapping(optional=states), "param_groups": sequence(*groups)})
 
 
 def _state_like(optimizer, parameter):
@@ -198,7 +210,7 @@ def _state_like(optimizer, parameter):
     full = mapping({name: tensor(() if name == "step" else parameter.shape) for name in names})
 
     def problems(value, name):
-        if value or not isinstance(value, dict):
+        if not isinstance(value, dict) or value:
             yield from full(value, name)
 
     return problems

@@ -71,7 +71,7 @@ def run_program(main: Callable[[], int | None], memory_hint: str = "use smaller 
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(shorten(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 QUALITY = schema.optional(schema.any_of(schema.number(), schema.exactly("inf"), schema.exactly("-inf")))
 ROW = {
     "name": schema.text,
-    "lr_shape": schema.list_of(schema.integer(1), 2, 2),
+    "lr_shape": schema.sequence(schema.integer(1), schema.integer(1)),
     "psnr_y": QUALITY,
     "ssim_y": QUALITY,
     "seconds": schema.number(0),

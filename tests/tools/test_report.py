@@ -114,7 +114,7 @@ def test_errors_name_the_file(tested):
         ("metrics.json", {"psnr_y": [1]}, r"psnr_y is \[1\], not a number"),
         ("metrics.json", {"gmacs_dense_at_1280x720": 0}, "gmacs_dense_at_1280x720 is 0, not a finite number"),
         ("metrics.json", {"scale": -1}, "scale is -1"),
-        ("metrics.json", {"images": []}, "images has 0 entries"),
+        ("metrics.json", {"images": []}, "images has 0 entries, not at least 1"),
         ("metrics.json", {"images": [{"name": "img0"}]}, "images.0.lr_shape is missing"),
         ("metrics.json", "[" * 100_000, "not JSON, or broken"),
         ("options.json", {"options": 1}, "options is 1, not a mapping"),
