@@ -7,7 +7,7 @@ import torch
 
 from main import main
 
-COUNTS = {"weights": 90, "checkpoint": 60, "options": 40, "results": 50, "cache": 20, "onnx": 40}  # 300 files
+COUNTS = {"weights": 110, "checkpoint": 50, "options": 40, "results": 50, "cache": 10, "onnx": 40}  # 300 files
 PROGRAM = Path(__file__).with_name("damaged_files.py")
 TRAIN = (
     "--dir_data data --data_train Tiny --data_test Tiny2 --n_feats 8 --n_blocks 1 --n_layers 2 --patch_size 8 "
