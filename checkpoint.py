@@ -1,7 +1,6 @@
 """The folder of a run, experiment/<name>: options, checkpoint, weights, console log, lock."""
 
 import contextlib
-import json
 import logging
 import os
 import platform
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+import schema
+from loading import load_json, load_tensors
 from utility import InputError, logger, remove_unfinished, save_torch, write_json
 
 try:
@@ -31,6 +32,43 @@ def _release_locks():
 
 if fcntl:  # a forked process would hold the locks too, and may outlive a killed parent
     os.register_at_fork(after_in_child=_release_locks)
+
+
+# What a checkpoint holds, apart from the shapes of its tensors, see `Trainer.load_state`.
+COUNT, ANY_TENSORS = schema.integer(0), schema.mapping(rest=schema.tensor())
+CHECKPOINT = schema.mapping(
+    {
+        "model": ANY_TENSORS,
+        "ema": schema.optional(ANY_TENSORS),
+        "optimizer": schema.mapping(rest=schema.anything),
+        "optimizer_name": schema.text,
+        "scaler": schema.optional(
+            schema.mapping(
+                {
+                    "scale": schema.number(0),
+                    "growth_factor": schema.number(0),
+                    "backoff_factor": schema.number(0),
+                    "growth_interval": COUNT,
+                    "_growth_tracker": COUNT,
+                }
+            )
+        ),
+        "criterion": schema.mapping(rest=schema.mapping(rest=schema.anything)),
+        "epoch": schema.integer(1),
+        "step": COUNT,
+        "names": schema.list_of(schema.text),
+        "sums": schema.optional(schema.tensor()),
+        "bad": schema.tensor((2,), finite=True),
+        "seconds": schema.number(0),
+        "mask_histogram": schema.mapping(rest=schema.number()),
+        "history": schema.list_of(
+            schema.mapping({"epoch": schema.integer(1), "loss": schema.number()}, rest=schema.number())
+        ),
+    },
+    optional={"collapsed_masks": schema.mapping(rest=schema.mapping(rest=COUNT))},  # not in version 0.1.0
+    rest=schema.anything,
+)
+OPTIONS = schema.mapping({"options": schema.mapping(rest=schema.anything)}, rest=schema.anything)
 
 
 class Experiment:
@@ -53,6 +91,7 @@ class Experiment:
         self.name = name
         self.folder = Path(root) / name
         self.checkpoint_path = self.folder / "checkpoint.pt"
+        self.options_path = self.folder / "options.json"
 
     def exists(self) -> bool:
         """Whether the folder holds anything."""
@@ -124,33 +163,26 @@ class Experiment:
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Read checkpoint.pt, as `trainer.Trainer.state` wrote it. Raises InputError if it is missing or broken."""
-        path = self.checkpoint_path
-        if not path.is_file():
-            raise InputError(f"{path} does not exist; check the name of the run", argument="load")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # a broken file may raise nearly anything
-            state = None
-        if not isinstance(state, dict) or not {"model", "optimizer", "epoch"} <= state.keys():
-            raise InputError(
-                f"{path} is not the checkpoint of a run, or broken; start another run from the weights in "
-                f"{self.weights_path('latest')}",
-                argument="load",
-            )
+        if not self.checkpoint_path.is_file():
+            raise InputError(f"{self.checkpoint_path} does not exist; check the name of the run", argument="load")
+        state = load_tensors(self.checkpoint_path, self._advice(), argument="load")
+        self.check_checkpoint(state, CHECKPOINT)
         return state
+
+    def check_checkpoint(self, state: dict[str, Any], wanted: schema.Schema) -> None:
+        """Raise InputError unless the content of checkpoint.pt fits a schema."""
+        schema.check(state, wanted, self.checkpoint_path, self._advice(), argument="load")
 
     def load_options(self) -> dict[str, Any]:
         """Read the options that the run was started with. Raises InputError if they are missing or broken."""
         if not self.folder.is_dir():
             raise InputError(f"{self.folder} does not exist; check the name of the run", argument="load")
-        path = self.folder / "options.json"
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8"))["options"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{path} is missing or broken; start another run from the weights in {self.folder / 'model'}",
-                argument="load",
-            ) from None
+        content = load_json(self.options_path, self._advice(), argument="load")
+        schema.check(content, OPTIONS, self.options_path, self._advice(), argument="load")
+        return content["options"]
+
+    def _advice(self):
+        return f"start another run from the weights in {self.folder / 'model'}"
 
 
 def write_options(path: Path, options: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -17,11 +17,17 @@ class InputError(Exception):
 
     def __str__(self) -> str:
         # A worker process of a data loader puts its whole traceback in front of the message.
-        return super().__str__().strip().rpartition("InputError: ")[2]
+        return shorten(super().__str__().strip().rpartition("InputError: ")[2])
 
     def for_command_line(self) -> str:
         """The message, with the flag of the argument at fault in front of it."""
         return f"--{self.argument}: {self}" if self.argument else str(self)
+
+
+def shorten(text: str, length: int = 600) -> str:
+    """A text in one line of at most about `length` characters: the middle is cut out, the advice at the end stays."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length * 2 // 3]} … {line[-length // 3 :]}"
 
 
 def write_whole(path: str | Path, content: bytes) -> None:

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = option.parse(argv)
     stored = {}
     if args.load:
-        stored = Experiment(args.load, argument="load").load_options()
+        experiment = Experiment(args.load, argument="load")
+        stored = option.check_stored(experiment.load_options(), experiment.options_path)
         args = option.parse(argv, stored)
     torch.manual_seed(args.seed)
     be_deterministic(args.deterministic)
@@ -148,8 +149,8 @@ def fit_and_log(args: argparse.Namespace, stored: dict[str, Any], trainer: Train
     with experiment.lock(), experiment.log_file(), logging_redirect_tqdm():
         if args.tensorboard:
             trainer.tensorboard = TensorBoard(experiment.folder, args.images_every)
-        origin = {key: stored[key] for key in ("pre_train", "template") if key in stored}
-        write_options(experiment.folder / "options.json", {**vars(args), **origin}, option.defaults())
+        origin = {key: stored[key] for key in option.RECORDED if key in stored}
+        write_options(experiment.options_path, {**vars(args), **origin}, option.defaults())
         n_images = len(trainer.loader.dataset)
         logger.info(f"{args.model} x{args.scale}, {model.n_parameters:,} parameters, {n_images} images, {model.device}")
         for change in option.changes(args, stored):

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ NOT_RESUMED = {
     *("cpu", "n_GPUs", "load", "save", "pre_train", "reset", "resume", "template"),
     *("test_only", "dry_run", "time_limit"),
 }
+RECORDED = ("pre_train", "template")  # of those, the ones that a resumed run keeps in its options.json
 TEST_ONLY_FLAGS = ("chop", "self_ensemble", "save_results", "save_masks")
 MODEL_FLAGS = (
     *("model", "scale", "n_feats", "n_blocks", "n_layers", "n_resblocks"),
@@ -73,6 +75,58 @@ def parse(argv: Sequence[str] | None = None, stored: dict[str, Any] | None = Non
     _scale_schedules(args)
     _check(args)
     return args
+
+
+def check_stored(stored: dict[str, Any], origin: str | Path = "options.json") -> dict[str, Any]:
+    """Check the options of a run, read from the file `origin`, as if they were given as flags.
+
+    Returns those that a resumed run takes or records. Raises InputError if their flags do not accept a value.
+    """
+    parser, line = build_parser(), []
+    actions = {
+        action.dest: action for action in parser._actions if action.dest not in NOT_RESUMED or action.dest in RECORDED
+    }
+    names = [name for name in stored if name in actions]
+    try:
+        for name in names:
+            line += _as_flags(actions[name], stored[name])
+        args = vars(parser.parse_args(line))
+    except InputError as error:
+        mistake = str(error).removesuffix("; see --help")
+        raise InputError(f"{origin}: {mistake}; correct it, or start another run", argument="load") from None
+    return {name: args[name] for name in names}
+
+
+def _as_flags(action, value):
+    """The part of a command line that sets an option to a value."""
+    flag = action.option_strings[0]
+    if value is None and action.default is None:
+        return []
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise InputError(f"{flag}: {reprlib.repr(value)} is neither true nor false")
+        return [flag] if value else action.option_strings[1:]
+    if action.type is None and not (isinstance(value, str) and _is_argument(value)):
+        raise InputError(f"{flag}: {reprlib.repr(value)} is not text")
+    if action.nargs and isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+        return [flag, *map(str, value)]
+    return [f"{flag}={flag_value(action.dest, value)}"]
+
+
+def _is_argument(text):
+    """Whether a command line can hold this text."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def flag_value(name: str, value: Any) -> str:
+    """The value of an option as the command line takes it; "" for a switch."""
+    if isinstance(value, list):
+        separator = {"decay": "-", "betas": " ", "data_range": "/"}.get(name, "+")
+        return separator.join("-".join(map(str, item)) if isinstance(item, list) else str(item) for item in value)
+    return "" if value is True else str(value)
 
 
 def _check_same_network(args, stored):

@@ -123,7 +123,7 @@ class MaskMonitor:
     """
 
     def __init__(self):
-        self.epochs: dict[str, dict[int, int]] = {}
+        self.epochs: dict[str, dict[str, int]] = {}
 
     def check(self, epoch: int, densities: np.ndarray, may_be_full: bool = False) -> None:
         """Log a warning if modules have collapsed.
@@ -136,8 +136,8 @@ class MaskMonitor:
         collapsed = {"empty": (densities < EMPTY).all(0), "full": (densities > FULL).all(0) & (not may_be_full)}
         for state, is_collapsed in collapsed.items():
             before = self.epochs.get(state, {})
-            self.epochs[state] = {k: before.get(k, 0) + 1 for k in (np.flatnonzero(is_collapsed) + 1).tolist()}
-            modules = [str(k) for k, count in self.epochs[state].items() if count == PATIENCE]
+            self.epochs[state] = {k: before.get(k, 0) + 1 for k in map(str, np.flatnonzero(is_collapsed) + 1)}
+            modules = [k for k, count in self.epochs[state].items() if count == PATIENCE]
             if modules:
                 logger.warning(
                     f"epoch {epoch}: the masks of these modules have been {state} on every validation image for "

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
+import schema
 from checkpoint import Experiment
 from data.device import DeviceLoader
 from data.srdata import PatchLoader, WholeImages
@@ -294,9 +295,11 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Resume from a checkpoint (`Experiment.load_checkpoint`); the model has its weights already.
 
-        Raises InputError if the checkpoint does not fit the optimizer or the loss.
+        Raises InputError if the checkpoint is broken or does not fit the optimizer or the loss.
         """
-        self.training_step.load_state(state)
+        self.training_step.load_state(state, self.experiment.checkpoint_path)
+        sums = schema.optional(schema.tensor((len(state["names"]) + 1,)))
+        self.experiment.check_checkpoint(state, schema.mapping({"sums": sums}, rest=schema.anything))
         self.means.load_state(state)
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
         self.seconds, self.mask_histogram = state["seconds"], state["mask_histogram"]

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils import clip_grad_value_, get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
 import distributed
+import schema
 from loss import Loss
 from loss.sparsity import active_shares
 from model.engines.graphs import StepGraph
@@ -237,10 +239,11 @@ class TrainingStep:
                 group["capturable"] = False
         return state
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any], origin: str | Path = "the checkpoint") -> None:
         """Restore everything but the weights, which the model has already, and the settings of the optimizer.
 
-        Raises InputError if the state has another optimizer or lacks a discriminator of the loss.
+        Raises InputError if the state, from the file `origin`, has another optimizer, lacks a discriminator of the loss
+        or is broken.
         """
         name = type(self.optimizer).__name__
         if state["optimizer_name"] != name:
@@ -248,6 +251,8 @@ class TrainingStep:
                 f"the run uses {state['optimizer_name']} and cannot resume with {name}; leave it out",
                 argument="optimizer",
             )
+        advice = "start another run from the weights of this one"
+        schema.check(state, self._state_schema(), origin, advice, argument="load")
         given = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, options in zip(self.optimizer.param_groups, given, strict=True):
@@ -261,6 +266,14 @@ class TrainingStep:
             self._averages = bool(self.ema.n_averaged)
         if state["scaler"] and self.settings.precision == torch.float16:
             self.scaler.load_state_dict(state["scaler"])
+
+    def _state_schema(self):
+        wanted = {"optimizer": schema.optimizer_like(self.optimizer), "criterion": self.criterion.learned_schema()}
+        if self.ema:
+            settings = [f"module.{name}" for name in self.model.settings]  # version 0.1.0 did not write them
+            averaged = schema.tensors_like(self.ema.state_dict(), may_lack=settings, finite=True)
+            wanted["ema"] = schema.optional(averaged)
+        return schema.mapping(wanted, rest=schema.anything)
 
 
 @contextlib.contextmanager

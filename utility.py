@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from files import InputError, write_whole
+from files import InputError, shorten, write_whole
 
 try:
     import resource
@@ -48,7 +48,7 @@ def run_program(main: Callable[[], int | None], memory_hint: str = "use smaller 
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(shorten(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -7,13 +7,14 @@ bin        all images are kept in memory
 device     like sep; data/device.py copies the images to the memory of a device
 
 The name of a cached file holds size and modification time of its source, so a changed source is decoded again. A
-cached file appears by rename, so no process ever sees an incomplete one.
+cached file appears by rename, so no process ever sees an incomplete one; files that were damaged later are rebuilt.
 """
 
 import functools
 import glob
 import hashlib
 import io
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.image import read_image
+from data.image import image_size, read_image
 from utility import InputError, in_parallel, remove_unfinished, write_whole
 
 CACHE_KINDS = ("img", "sep", "sep_reset", "bin", "device")
@@ -67,35 +68,55 @@ def open_image(source: Path | np.ndarray, n_colors: int = 3) -> np.ndarray:
     if isinstance(source, np.ndarray):
         return source
     if source.suffix == ".npy":
-        return _map_file(source)
+        try:
+            return _map_file(source, source.stat().st_size)  # a file cut off meanwhile is mapped, and checked, again
+        except (OSError, ValueError):
+            raise InputError(f"{source}: the cached image is broken; rebuild the cache (ext sep_reset)") from None
     return read_image(source, n_colors)
 
 
 @functools.lru_cache(maxsize=16384)  # mapping a file takes longer than reading a patch; Linux allows 65530 maps
-def _map_file(path):
-    try:
-        with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, _ = np.lib.format.read_array_header_1_0(file)
-            start = file.tell()
-        # np.memmap would keep each file open, and systems often allow only 1024 open files.
-        content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
-        image = content[start:].reshape(shape)
-    except ValueError:
-        raise InputError(f"{path}: the cached image is broken; rebuild the cache (ext sep_reset)") from None
+def _map_file(path, size):
+    """The image in a cached file of `size` bytes. Raises ValueError if the header does not fit the file."""
+    shape, start = _read_header(path, size)
+    # np.memmap would keep each file open, and systems often allow only 1024 open files.
+    image = torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()[start:].reshape(shape)
     image.flags.writeable = False
     return image
 
 
+def _read_header(path, size):
+    """Shape of the image in a cached file of `size` bytes, and where its pixels start. Raises ValueError."""
+    with open(path, "rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            shape, is_transposed, dtype = np.lib.format.read_array_header_1_0(file)
+        except Exception:  # a broken header may raise nearly anything
+            raise ValueError("not a .npy file") from None
+        start = file.tell()
+    is_image = version == (1, 0) and dtype == np.uint8 and not is_transposed and len(shape) == 3 and min(shape) > 0
+    if not is_image or start + math.prod(shape) != size:
+        raise ValueError("not an image, or cut off")
+    return shape, start
+
+
+def _is_image_of(cached, path, n_colors):
+    """Whether a cached file exists, is whole and has the size of the image `path`."""
+    try:
+        return cached.is_file() and _read_header(cached, cached.stat().st_size)[0] == (*image_size(path), n_colors)
+    except (OSError, ValueError):
+        return False
+
+
 def _write_cached(path, root, n_colors, rebuild):
-    """Write the cached file of an image unless it exists, remove outdated ones, and return its path."""
+    """Write the cached file of an image unless it is there and whole, remove outdated ones, and return its path."""
     stat = path.stat()
     folder = _folder(path, root)
     encoded = os.fsencode(path.name)  # file systems limit names to 255 bytes
     name = path.name if len(encoded) <= MAX_NAME_BYTES else hashlib.sha256(encoded).hexdigest()
     stem = f"{name}.{n_colors}c"
     cached = folder / f"{stem}.{stat.st_size}-{stat.st_mtime_ns}.npy"
-    if rebuild or not cached.exists():
+    if rebuild or not _is_image_of(cached, path, n_colors):
         content = io.BytesIO()
         np.save(content, read_image(path, n_colors))
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import schema
 from loss.adversarial import ADVERSARIAL_KINDS, Adversarial, AdversarialSettings
 from loss.vgg import VGG, VGG_LAYERS
 from utility import InputError
@@ -44,6 +45,11 @@ class Loss(nn.Module):
         """Load what `learned_state` returned."""
         for name, term in self._trained_terms().items():
             term.load_state_dict(state[name])
+
+    def learned_schema(self) -> schema.Schema:
+        """What `load_learned_state` accepts; other losses are ignored, and missing ones are a KeyError there."""
+        terms = {name: term.state_schema() for name, term in self._trained_terms().items()}
+        return schema.mapping(optional=terms, rest=schema.anything)
 
     def _trained_terms(self):
         return {name: term for name, term in self.terms.items() if isinstance(term, Adversarial)}

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 import distributed
+import schema
 
 ADVERSARIAL_KINDS = ("GAN", "WGAN", "WGAN_GP", "LSGAN", "RGAN")
 CLIP = 1.0  # WGAN clips the weights of its critic to -CLIP...CLIP
@@ -97,6 +98,11 @@ class Adversarial(nn.Module):
 
     def set_extra_state(self, state: dict) -> None:
         self.optimizer.load_state_dict(state)
+
+    def state_schema(self) -> schema.Schema:
+        """What `load_state_dict` accepts."""
+        weights = {key: value for key, value in self.state_dict().items() if isinstance(value, torch.Tensor)}
+        return schema.tensors_like(weights, finite=True, _extra_state=schema.optimizer_like(self.optimizer))
 
     def _train_step(self, sr, hr):
         """One step of the discriminator."""

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import schema
+from loading import load_tensors
 from utility import InputError
 
 # Number of layers of VGG19 that compute the features. VGG<i><j> are those of the j-th convolution (before its ReLU)
@@ -54,12 +56,9 @@ def _vgg19(weights):
                 f"the VGG19 weights cannot be downloaded ({error}); give a file that holds them",
                 argument="vgg_weights",
             ) from None
-    try:
-        state_dict = torch.load(weights, map_location="cpu", weights_only=True)
-        model = vgg19()
-        model.load_state_dict(state_dict)
-    except Exception:  # a broken file may raise nearly any type of exception
-        raise InputError(
-            f"{weights}: cannot be read as torchvision's VGG19 weights; give the file that torchvision downloads"
-        ) from None
+    advice = "give the file that torchvision downloads"
+    state_dict, model = load_tensors(weights, advice), vgg19()
+    wanted = schema.tensors_like(model.state_dict(), finite=True)
+    schema.check(state_dict, wanted, f"{weights}: not torchvision's VGG19 weights", advice)
+    model.load_state_dict(state_dict)
     return model

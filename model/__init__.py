@@ -6,14 +6,16 @@ from pathlib import Path
 
 import torch
 
+import schema
 from model.edsr import EDSR
 from model.network import Network
 from model.smsr import SMSR
+from model.weights import StateDict, read_weights
 from utility import InputError, logger
 
 MODELS: dict[str, type[Network]] = {"SMSR": SMSR, "EDSR": EDSR}
-StateDict = dict[str, torch.Tensor]
-NOT_THIS_NETWORK = (KeyError, IndexError, ValueError, AttributeError)  # what `hyperparameters` raises on other weights
+# What `translate`, `hyperparameters` and the constructor raise on the weights of another network.
+NOT_THIS_NETWORK = (KeyError, IndexError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def build_model(
@@ -48,26 +50,38 @@ def build_model(
 
 
 def _build_from_weights(name, state_dict, origin, transfer, sizes):
-    network = MODELS[name]
-    state_dict = network.translate(state_dict)
-    try:
-        stored = network.hyperparameters(state_dict)
-    except NOT_THIS_NETWORK as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else "shapes do not fit"
-        other = _network_of(state_dict)
-        if other:
-            problem = f"{origin}: holds {other} weights, not {name} weights"
-            raise InputError(f"{problem}; use model {other}, or another file") from None
-        raise InputError(f"{origin}: not weights of {name} ({reason}); choose another file") from None
+    state_dict, stored, skeleton = _identify(name, state_dict, origin)
+    _check_fit(skeleton, state_dict, origin)
     scale = sizes.get("scale", stored["scale"])
     if transfer and scale != stored["scale"]:
         logger.info(f"{origin}: these are x{stored['scale']} weights; loading all but the tail for x{scale}")
         stored["scale"] = scale
-        state_dict = _replace_tail(state_dict, _construct(network, {**stored, **sizes}).state_dict())
+        state_dict = _replace_tail(state_dict, _construct(MODELS[name], {**stored, **sizes}).state_dict())
     _check_sizes(name, sizes, stored, origin)
-    model = _construct(network, {**sizes, **stored})
+    model = _construct(MODELS[name], {**sizes, **stored})
     load_weights(model, state_dict, origin)
     return model
+
+
+def _identify(name, state_dict, origin):
+    """Translated weights, the sizes and settings they record, and their network without data. Raises InputError."""
+    try:
+        return _read_as(MODELS[name], state_dict)
+    except NOT_THIS_NETWORK as error:
+        other = _network_of(state_dict)
+        if other:
+            problem = f"{origin}: holds {other} weights, not {name} weights"
+            raise InputError(f"{problem}; use model {other}, or another file") from None
+        reason = f"{error} is missing" if isinstance(error, KeyError) else "shapes do not fit"
+        raise InputError(f"{origin}: not weights of {name} ({reason}); choose another file") from None
+
+
+def _read_as(network, state_dict):
+    """As `_identify`; raises NOT_THIS_NETWORK. The network is on the meta device, so its size does not matter."""
+    state_dict = network.translate(state_dict)
+    stored = network.hyperparameters(state_dict)
+    with torch.device("meta"):
+        return state_dict, stored, network(**stored)
 
 
 def _replace_tail(state_dict, own):
@@ -107,7 +121,7 @@ def _network_of(state_dict):
     """The name of the network that these weights belong to; None if there is none."""
     for name, network in MODELS.items():
         try:
-            network.hyperparameters(network.translate(state_dict))
+            _read_as(network, state_dict)
         except NOT_THIS_NETWORK:
             continue
         return name
@@ -115,41 +129,14 @@ def _network_of(state_dict):
 
 
 def load_weights(model: Network, state_dict: StateDict, origin: str | Path = "the weights") -> None:
-    """Load all weights or none; InputError names every key, shape and value that does not fit."""
-    own = model.state_dict()
-    known = {key: value for key, value in own.items() if key in state_dict}
-    problems = [f"{key} is missing" for key in own if key not in state_dict and key not in model.settings]
-    problems += [f"{key} is unknown" for key in state_dict if key not in own]
-    problems += [
-        f"{key} is {tuple(state_dict[key].shape)}, not {tuple(value.shape)}"
-        for key, value in known.items()
-        if state_dict[key].shape != value.shape
-    ]
-    problems += [f"{key} contains NaN or infinity" for key, value in state_dict.items() if not value.isfinite().all()]
-    problems += [
-        f"{name} is not positive" for name in model.settings if name in known and (state_dict[name] <= 0).any()
-    ]
-    if problems:
-        raise InputError(f"{origin}: does not fit {type(model).__name__}: {', '.join(problems)}; choose another file")
+    """Load all weights or none; InputError names the keys, shapes and values that do not fit."""
+    _check_fit(model, state_dict, origin, finite=True)
+    for name in model.settings:
+        if name in state_dict and state_dict[name] <= 0:
+            raise InputError(f"{origin}: {name} is not positive; choose another file")
     model.load_state_dict(state_dict)
 
 
-def read_weights(path: str | Path) -> StateDict:
-    """Read a state dict (name -> tensor, on the CPU) from a file; never runs code that the file may contain.
-
-    Accepts plain state dicts and the checkpoints of a run. Raises InputError if the file is anything else.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path}: no such weights file; check the path") from None
-    except PermissionError:
-        raise InputError(f"{path}: cannot be opened; check its permissions") from None
-    except Exception as error:  # a broken file may raise nearly anything: pickle, zip, key and type errors
-        reason = "it contains code" if "Weights only load failed" in str(error) else "broken or cut off"
-        raise InputError(f"{path}: cannot be read as PyTorch weights ({reason}); use another file") from None
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise InputError(f"{path}: does not contain a state dict (name -> tensor); use another file")
-    return content
+def _check_fit(model, state_dict, origin, finite=False):
+    wanted = schema.tensors_like(model.state_dict(), may_lack=model.settings, finite=finite)
+    schema.check(state_dict, wanted, f"{origin}: does not fit {type(model).__name__}", "choose another file")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from model.common import check_finite, check_images, conv3x3
-from model.network import Cost, Network, conv_macs, drop_mean_shifts, stored_settings
+from model.network import Cost, Network, conv_macs, count_modules, drop_mean_shifts, stored_settings
 from model.tiling import Tile, map_tiles, split_into_tiles
 from utility import InputError
 
@@ -136,11 +136,10 @@ class EDSR(Network):
         state_dict["tail.1.weight"]  # a KeyError unless this is an EDSR: SMSR has head.0.weight too
         steps = [key for key in state_dict if key.startswith("tail.0.") and key.endswith(".weight")]
         factors = [math.isqrt(state_dict[key].shape[0] // n_feats) for key in steps]
-        blocks = [int(key.split(".")[1]) for key in state_dict if key.startswith("body.") and key.endswith(".weight")]
         return {
             "scale": math.prod(factors),
             "n_feats": n_feats,
-            "n_resblocks": max(blocks),  # the last index belongs to the convolution after the blocks
+            "n_resblocks": count_modules(state_dict, "body.") - 1,  # the last one is the convolution after the blocks
             "n_colors": n_colors,
             **stored_settings(EDSR, state_dict),
         }

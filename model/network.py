@@ -10,6 +10,7 @@ from torch import nn
 from model.common import mean_color
 from utility import InputError
 
+MAX_SCALE = 64  # larger ones are a mistake
 MEAN_SHIFTS = ("sub_mean.", "add_mean.")  # published checkpoints keep the mean as two fixed convolutions
 
 
@@ -105,6 +106,8 @@ class Network(nn.Module):
 
     def __init__(self, scale: int, n_feats: int, n_colors: int = 3, rgb_range: float = 255):
         super().__init__()
+        if not 1 <= scale <= MAX_SCALE:
+            raise ValueError(f"networks upscale by 1 to {MAX_SCALE}, not by {scale}")
         self.scale, self.n_feats, self.n_colors = scale, n_feats, n_colors
         self.register_buffer("rgb_range", torch.tensor(float(rgb_range)))
         self.register_buffer("mean", mean_color(n_colors, rgb_range), persistent=False)
@@ -176,6 +179,11 @@ def stored_settings(network: type[Network], state_dict: dict[str, torch.Tensor])
     """The settings that translated weights record, without the rounding of float32: 0.1, not 0.10000000149."""
     present = [name for name in network.settings if name in state_dict and state_dict[name].numel() == 1]
     return {name: float(f"{state_dict[name].item():.6g}") for name in present}
+
+
+def count_modules(state_dict: dict[str, torch.Tensor], prefix: str) -> int:
+    """How many numbered modules, `<prefix><number>.`, a state dict has: no more than it has keys."""
+    return len({key.removeprefix(prefix).partition(".")[0] for key in state_dict if key.startswith(prefix)})
 
 
 def drop_mean_shifts(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from model import engines, sparse
 from model.common import check_images, conv3x3, pad_to_multiple
-from model.network import Cost, Network, drop_mean_shifts, stored_settings
+from model.network import Cost, Network, count_modules, drop_mean_shifts, stored_settings
 from model.snapshot import Snapshot
 
 SPARSE, IMPORTANT = 0, 1  # index into the two spatial logits of a pixel
@@ -284,8 +284,8 @@ class SMSR(Network):
         return {
             "scale": round((tail / n_colors) ** 0.5),
             "n_feats": n_feats,
-            "n_blocks": state_dict["collect.0.weight"].shape[1] // n_feats,
-            "n_layers": state_dict["blocks.0.collect.weight"].shape[1] // n_feats,
+            "n_blocks": count_modules(state_dict, "blocks."),
+            "n_layers": count_modules(state_dict, "blocks.0.convs."),
             "n_colors": n_colors,
             **stored_settings(SMSR, state_dict),
         }

@@ -22,20 +22,25 @@ def experiment(tmp_path):
 
 def test_options_round_trip_and_changed_ones_are_listed(experiment):
     path = experiment.folder / "options.json"
-    with pytest.raises(InputError, match=r"options\.json is missing or broken"):
+    with pytest.raises(InputError, match=r"options\.json: No such file or directory; start another run"):
         experiment.load_options()
     write_options(path, {"lr": 2e-4, "decay": [100]}, {"lr": 2e-4, "decay": [200]})
     written = json.loads(path.read_text())
     assert written["changed"] == {"decay": [100]}
     assert set(written["versions"]) == {"python", "torch", "numpy"}
     assert experiment.load_options() == {"lr": 2e-4, "decay": [100]}
-    for broken in ("[", "[]", "{}", '{"options": 1}'):
-        path.write_text(broken)
-        with pytest.raises(
-            InputError, match=r"options\.json is missing or broken; start another run from .*model"
-        ) as error:
+    for broken, problem in (
+        ("[", "not JSON, or broken"),
+        ("[" * 100_000, "not JSON, or broken"),
+        ("\xff", "not JSON, or broken"),
+        ("[]", r"it is \[\], not a mapping"),
+        ("{}", "options is missing"),
+        ('{"options": 1}', "options is 1, not a mapping"),
+    ):
+        path.write_text(broken, encoding="latin-1")
+        with pytest.raises(InputError, match=f"{problem}; start another run from the weights in .*model") as error:
             experiment.load_options()
-        assert error.value.for_command_line().startswith(f"--load: {path} is ")
+        assert error.value.for_command_line().startswith(f"--load: {path}: ")
 
 
 def test_a_run_without_a_folder_cannot_be_resumed(tmp_path):
@@ -120,21 +125,82 @@ def test_weights_are_saved_under_their_names(experiment):
         assert torch.equal(torch.load(path, weights_only=True)["head.0.weight"], weights["head.0.weight"])
 
 
-def test_a_broken_checkpoint_is_named(experiment):
-    state = {"epoch": 3, "model": {}, "optimizer": {}}
-    experiment.save_checkpoint(state)
+STATE = {
+    "model": {"head.0.weight": torch.zeros(1)},
+    "ema": None,
+    "optimizer": {},
+    "optimizer_name": "Adam",
+    "scaler": None,
+    "criterion": {},
+    "epoch": 3,
+    "step": 0,
+    "names": [],
+    "sums": None,
+    "bad": torch.zeros(2),
+    "seconds": 0.0,
+    "mask_histogram": {},
+    "history": [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": torch.nan, "psnr_y_Set5": 30}],
+}
+
+
+def test_checkpoints_round_trip(experiment):
+    experiment.save_checkpoint(STATE | {"of a later version": 1})
     assert experiment.checkpoint_path == experiment.folder / "checkpoint.pt"
-    assert experiment.load_checkpoint() == state
-    advice = r"checkpoint\.pt is not the checkpoint of a run, or broken; start another run .*model_latest\.pt"
-    for broken in ({"head.0.weight": torch.zeros(1)}, [1], {"model": {}, "epoch": 1}):
-        save_torch(experiment.checkpoint_path, broken)
-        with pytest.raises(InputError, match=advice):
+    loaded = experiment.load_checkpoint()
+    assert loaded.keys() == {*STATE, "of a later version"}
+    assert loaded["epoch"] == 3
+    assert torch.equal(loaded["model"]["head.0.weight"], torch.zeros(1))
+
+
+@pytest.mark.parametrize("key", STATE)
+def test_a_checkpoint_with_a_missing_or_wrong_entry_is_refused(experiment, key):
+    def assert_refused(state, problem):
+        save_torch(experiment.checkpoint_path, state)
+        with pytest.raises(InputError, match=rf"{problem}.*; start another run from the weights in .*model$") as error:
             experiment.load_checkpoint()
+        assert error.value.for_command_line().startswith(f"--load: {experiment.checkpoint_path}: ")
+
+    assert_refused({name: value for name, value in STATE.items() if name != key}, f"{key} is missing")
+    wrong = 3.5 if isinstance(STATE[key], str | int) else "text"
+    assert_refused(STATE | {key: wrong}, f"{key} is ")
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"epoch": 0}, "epoch is 0, not an integer >= 1"),
+        ({"epoch": True}, "epoch is True, not an integer >= 1"),
+        ({"step": -1}, "step is -1, not an integer >= 0"),
+        ({"epoch": 10**30}, "epoch is 1000.*000, not an integer >= 1"),
+        ({"seconds": torch.inf}, "seconds is inf, not a finite number >= 0"),
+        ({"model": {3: torch.zeros(1)}}, "model.3 is unknown"),
+        ({"model": {"a": 1}}, "model.a is int, not a tensor of real numbers"),
+        ({"bad": torch.zeros(3)}, r"bad is \(3,\), not \(2,\)"),
+        ({"bad": torch.tensor([0, torch.nan])}, "bad contains NaN or infinity"),
+        ({"names": ["loss", 1]}, "names.1 is 1, not text"),
+        ({"history": [{"epoch": 1}]}, "history.0.loss is missing"),
+        ({"history": [{"epoch": 1, "loss": "low"}]}, "history.0.loss is 'low', not a number"),
+        ({"history": ["row"] * 9}, "history.0 is 'row', not a mapping, .* and 5 more problems"),
+        ({"mask_histogram": {"mask_0.1": None}}, "mask_histogram.mask_0.1 is None, not a number"),
+        ({"scaler": {}}, "scaler.scale is missing"),
+    ],
+)
+def test_values_that_the_program_never_writes_are_named(experiment, changed, problem):
+    save_torch(experiment.checkpoint_path, STATE | changed)
+    with pytest.raises(InputError, match=rf"checkpoint\.pt: {problem}.*; start another run") as error:
+        experiment.load_checkpoint()
+    assert len(str(error.value)) < 700
+
+
+def test_a_broken_checkpoint_is_named(experiment):
     for broken in (b"broken", b""):
+        experiment.checkpoint_path.parent.mkdir(exist_ok=True)
         experiment.checkpoint_path.write_bytes(broken)
-        with pytest.raises(InputError, match=advice) as error:
+        with pytest.raises(
+            InputError, match=r"cannot be read as weights \(broken or cut off\); start another"
+        ) as error:
             experiment.load_checkpoint()
-        assert error.value.for_command_line().startswith(f"--load: {experiment.checkpoint_path} is ")
+        assert error.value.for_command_line().startswith(f"--load: {experiment.checkpoint_path}: ")
 
 
 def test_a_resumed_run_removes_unfinished_files_of_killed_processes(experiment):

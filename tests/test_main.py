@@ -345,7 +345,7 @@ MISTAKES = [
     (f"{TEST} --data_test Set5", "data: contains no set 'Set5'"),
     (f"{TEST} --scale 4", r"--scale: weights\.pt holds SMSR weights for scale 2, not 4"),
     (f"{TEST} --pre_train absent.pt", r"absent\.pt: no such weights file"),
-    (f"{TEST} --pre_train data/Tiny/HR/img0.png", r"data/Tiny/HR/img0\.png: cannot be read as PyTorch weights"),
+    (f"{TEST} --pre_train data/Tiny/HR/img0.png", r"data/Tiny/HR/img0\.png: cannot be read as weights"),
     (f"{TEST} --model EDSR", r"weights\.pt: holds SMSR weights, not EDSR weights; use model SMSR, or another file"),
     (f"{TEST} --n_feats 16", r"--n_feats: weights\.pt holds SMSR weights for n_feats 8, not 16"),
     (f"{TEST} --rgb_range 1", r"--rgb_range: weights\.pt holds SMSR weights for rgb_range 255, not 1"),

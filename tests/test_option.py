@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from option import NOT_RESUMED, TEMPLATES, changes, defaults, parse, settings
+from option import NOT_RESUMED, TEMPLATES, changes, check_stored, defaults, parse, settings
 from utility import InputError
 
 
@@ -57,6 +57,45 @@ def test_stored_options_are_the_defaults_except_those_of_a_single_call():
     assert parse(["--load", "run", "--device", "cuda"], stored).device == "cuda"
     assert not hasattr(args, "unknown")
     assert {"save", "load", "reset", "pre_train", "test_only", "time_limit"} <= NOT_RESUMED <= defaults().keys()
+
+
+@pytest.mark.parametrize(
+    "line", ["", "--data_range 1-8/9-9 --betas 0 0.5 --decay 3-5 --compile --data_test A+B --vgg_weights=-f"]
+)
+def test_stored_options_are_what_was_written(line):
+    written = vars(parse(line.split()))
+    stored = check_stored(json.loads(json.dumps(written)) | {"of another version": [1]})
+    assert stored == {key: written[key] for key in stored}
+    assert written.keys() - stored.keys() == NOT_RESUMED - {"pre_train", "template"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lr": "fast"}, "--lr: 'fast' is not a number above 0"),
+        ({"lr": None}, "--lr: 'None' is not a number above 0"),
+        ({"n_feats": 8.5}, "--n_feats: '8.5' is not a positive integer"),
+        ({"n_feats": True}, "--n_feats: .* is not a positive integer"),
+        ({"n_colors": 2}, "--n_colors: invalid choice: 2"),
+        ({"betas": [0.9]}, "--betas: expected 2 arguments"),
+        ({"betas": [0.9, "--chop"]}, "--betas: expected 2 arguments"),
+        ({"betas": 0.9}, "--betas: expected 2 arguments"),
+        ({"decay": {"a": 1}}, "--decay: .* is not a positive integer"),
+        ({"data_range": [1, [2, 3]]}, "--data_range: '1/2-3' is not of the form"),
+        ({"data_test": "../x"}, "--data_test: '../x' is not a name"),
+        ({"compile": "yes"}, "--compile: 'yes' is neither true nor false"),
+        ({"dir_data": 5}, "--dir_data: 5 is not text"),
+        ({"dir_data": "a\0b"}, "--dir_data: 'a.x00b' is not text"),
+        ({"dir_data": "\ud800"}, "--dir_data: .* is not text"),
+        ({"ext": "zip"}, "--ext: invalid choice: 'zip'"),
+        ({"template": "none"}, "--template: invalid choice"),
+    ],
+    ids=str,
+)
+def test_stored_options_must_pass_the_checks_of_their_flags(changed, message):
+    with pytest.raises(InputError, match=rf"^run/options.json: {message}.*; correct it, or start another") as error:
+        check_stored(defaults() | changed, "run/options.json")
+    assert error.value.argument == "load"
 
 
 def test_changed_options_are_listed():

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loss import build_loss
 from model.edsr import EDSR
 from model.smsr import SMSR
+from schema import OPTIMIZER_STATE
 from training_step import OptimizerSettings, StepResult, StepSettings, TrainingStep, build_optimizer
 from utility import InputError, logger
 
@@ -526,6 +527,48 @@ def test_a_moving_average_can_be_switched_on_and_off_when_resuming():
     take(resumed, *random_batch())
     kept = torch.cat([p.detach().flatten() for p in resumed.ema.module.parameters()])
     assert torch.equal(kept, weights(resumed))  # an average over one step
+
+
+def without(state, *keys):
+    """A nested state without one of its entries."""
+    key, *rest = keys
+    if rest:
+        return state | {key: without(state[key], *rest)}
+    return {name: value for name, value in state.items() if name != key}
+
+
+def changed(state, value, *keys):
+    """A nested state with another value of one entry."""
+    key, *rest = keys
+    return state | {key: changed(state[key], value, *rest) if rest else value}
+
+
+@pytest.mark.parametrize("name", ["ADAM", "SGD", "RMSprop"])
+def test_a_state_of_another_shape_or_kind_is_refused_and_named(name):
+    settings = {"optimizer": OptimizerSettings(name), "ema": 0.5, "loss": "L1+GAN"}
+    step, fresh = build_step(**settings), build_step(**settings)
+    take(step, *random_batch(size=16))
+    state = step.state()
+    (key, *_) = OPTIMIZER_STATE[type(step.optimizer).__name__]
+    group = state["optimizer"]["param_groups"][0]
+    for broken, problem in (
+        (changed(state, {"other": 1}, "optimizer", "state", 0), f"optimizer.state.0.{key} is missing"),
+        (changed(state, torch.zeros(3), "optimizer", "state", 0, key), rf"optimizer.state.0.{key} is \(3,\), not"),
+        (changed(state, "text", "optimizer", "state", 0), "optimizer.state.0 is 'text', not a mapping"),
+        (changed(state, {}, "optimizer", "state", 999), "optimizer.state.999 is unknown"),
+        (changed(state, [group, group], "optimizer", "param_groups"), "optimizer.param_groups is .*, not a list of 1"),
+        (changed(state, [{"params": [0]}], "optimizer", "param_groups"), "optimizer.param_groups.0.params is"),
+        (without(state, "ema", "n_averaged"), "ema.n_averaged is missing"),
+        (changed(state, torch.tensor(math.nan), "ema", "module.rgb_range"), "ema.module.rgb_range contains NaN"),
+        (without(state, "criterion", "GAN", "_extra_state"), "criterion.GAN._extra_state is missing"),
+        (
+            changed(state, 1, "criterion", "GAN", "discriminator.0.weight"),
+            "criterion.GAN.discriminator.0.weight is int",
+        ),
+    ):
+        with pytest.raises(InputError, match=f"^checkpoint.pt: {problem}.*; start another run from the") as caught:
+            fresh.load_state(broken, "checkpoint.pt")
+        assert caught.value.argument == "load"
 
 
 # ---- CUDA graphs -----------------------------------------------------------------------------------------------------

@@ -45,6 +45,15 @@ def test_an_error_of_a_worker_process_is_reduced_to_its_message():
     assert str(InputError(text)) == "a.png: broken"
 
 
+def test_a_long_error_is_cut_in_the_middle_and_fits_one_line():
+    text = str(InputError("x" * 10**5 + "\n" + "y " * 10**5 + "; remove it"))
+    assert text.startswith("xxx")
+    assert text.endswith("; remove it")
+    assert " … " in text
+    assert "\n" not in text
+    assert 500 < len(text) < 700
+
+
 class Data(torch.utils.data.Dataset):
     """A data set in which every image is broken."""
 

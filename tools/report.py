@@ -10,6 +10,7 @@ and the masks (needs --save_masks).
 
 import argparse
 import base64
+import functools
 import html
 import json
 import string
@@ -25,11 +26,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import schema
 from data import find_set
 from data.image import read_image
 from data.resize import upscale
 from evaluation import mask_densities
-from option import Parser, count, positive_int
+from loading import load_json
+from option import Parser, count, flag_value, positive_int
 from utility import InputError, run_program, write_whole
 
 # Table 2 of the paper: multiply-adds (G) for an output of 1280x720, PSNR (dB) and SSIM on Y.
@@ -95,11 +98,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    results = [result for run in args.runs for result in read_results(run)]
+    results, problems = [], []
+    for run in args.runs:
+        results += read_results(run, problems)
     folder = args.output or args.runs[0]
-    sections = [*tables(results), *curves(args.runs), *comparisons(results, args.images, args.crop), *settings(results)]
+    compared = comparisons(results, args.images, args.crop, problems)
+    sections = [*tables(results), *curves(args.runs), *compared, *settings(results)]
     title = ", ".join(run.name for run in args.runs)
     template = string.Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     body = "\n".join([f"<h1>Results: {html.escape(title)}</h1>", *(section.html for section in sections)])
@@ -107,25 +113,67 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = "\n\n".join([f"# Results: {title}", *(section.text for section in sections if section.text)])
     write_whole(folder / "report.md", (text + "\n").encode())
     print(f"written to {folder / 'report.html'} and report.md")
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
-def read_results(run: Path) -> list[Result]:
-    """The results of a run, sorted by set and scale. Raises InputError if there are none, or a file is damaged."""
+# What main.py writes. A number that JSON cannot hold is null or "inf".
+QUALITY = schema.optional(schema.any_of(schema.number(), schema.exactly("inf"), schema.exactly("-inf")))
+ROW = {
+    "name": schema.text,
+    "lr_shape": schema.sequence(schema.integer(1), schema.integer(1)),
+    "psnr_y": QUALITY,
+    "ssim_y": QUALITY,
+    "seconds": schema.number(0),
+    "mask_density": schema.list_of(schema.number(0)),
+    "active_share": schema.number(0),
+}
+METRICS = {
+    "dataset": schema.text,
+    "scale": schema.integer(1),
+    "model": schema.text,
+    "parameters": schema.integer(1),
+    "psnr_y": QUALITY,
+    "ssim_y": QUALITY,
+    "seconds_per_image": schema.number(0),
+    "gmacs_at_1280x720": schema.number(0),
+    "gmacs_dense_at_1280x720": schema.number(1e-9),
+    "active_share": schema.number(0),
+    "images": schema.list_of(schema.mapping(ROW, rest=schema.anything), 1),
+}
+OPTIONS = {
+    "changed": schema.mapping(rest=schema.anything),
+    "options": schema.mapping({"dir_data": schema.text, "dir_demo": schema.text}, rest=schema.anything),
+    "versions": schema.mapping(rest=schema.text),
+}
+
+
+def read_results(run: Path, problems: list[str]) -> list[Result]:
+    """The results of a run, sorted by set and scale. Those that are damaged are left out and added to `problems`.
+
+    Raises InputError if there are none.
+    """
     if not run.is_dir():
         raise InputError(f"{run}: no such folder; pass the folder of a run, e.g. experiment/NAME")
-    results = []
+    results, damaged = [], []
     for path in sorted(run.glob("results-*/metrics.json")):
         try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-            options = json.loads((path.parent / "options.json").read_text(encoding="utf-8"))
-            result = Result(run, path.parent, metrics, options)
-            list(tables([result]))  # raises an error if a value is missing
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: damaged or written by another version ({error!r}); repeat the test") from None
-        results.append(result)
+            metrics, options = _read(path, METRICS), _read(path.with_name("options.json"), OPTIONS)
+            results.append(Result(run, path.parent, metrics, options))
+        except InputError as error:
+            damaged.append(str(error))
     if not results:
-        raise InputError(f"{run}: contains no results; create them with main.py --test_only --save {run.name}")
+        found = f"no results that can be read ({damaged[0]})" if damaged else "no results"
+        raise InputError(f"{run}: contains {found}; create them with main.py --test_only --save {run.name}")
+    problems += damaged
     return results
+
+
+def _read(path, entries):
+    content = load_json(path, "repeat the test")
+    schema.check(content, schema.mapping(entries, rest=schema.anything), path, "repeat the test")
+    return content
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -264,8 +312,8 @@ def curves(runs: Iterable[Path]) -> Iterator[Section]:
             yield Section(f'<h2>{title}</h2><div class="pictures curves">{figures}</div>')
 
 
-def comparisons(results: Iterable[Result], n_images: int, size: int) -> Iterator[Section]:
-    """Sliders and masks of the hardest images.
+def comparisons(results: Iterable[Result], n_images: int, size: int, problems: list[str]) -> Iterator[Section]:
+    """Sliders and masks of the hardest images; files that cannot be read are left out and added to `problems`.
 
     Args:
         n_images: images to show per result
@@ -274,8 +322,11 @@ def comparisons(results: Iterable[Result], n_images: int, size: int) -> Iterator
     for index, result in enumerate(results):
         figures = []
         for rank, row in enumerate(result.hardest(n_images)):
-            figures.append(_slider(result, row, size, f"i{index}-{rank}"))
-            figures.append(_masks(result, row))
+            for figure in (functools.partial(_slider, size=size, key=f"i{index}-{rank}"), _masks):
+                try:
+                    figures.append(figure(result, row))
+                except InputError as error:
+                    problems.append(str(error))
         if any(figures):
             title = html.escape(f"{result.title}: the hardest images")
             yield Section("\n".join([f"<h2>{title}</h2>", *filter(None, figures)]))
@@ -308,19 +359,25 @@ def _slider(result: Result, row: dict[str, Any], size: int, key: str) -> str:
 
 
 def _read_images(result: Result, name: str) -> dict[str, np.ndarray]:
-    """{method: uint8 array (sH, sW, 3)} with bicubic, SR and, if it exists, HR; {} if SR or LR is missing."""
-    scale, options = result.metrics["scale"], result.options
+    """{method: uint8 array (sH, sW, 3)} with bicubic, SR and, if it exists, HR; {} if SR or LR is missing.
+
+    Raises InputError if an image cannot be read or has another size.
+    """
+    scale, options = result.metrics["scale"], result.options["options"]
+    sr_path = result.folder / f"{name}_x{scale}_SR.png"
     try:
-        options = options["options"]
         found = find_set(result.metrics["dataset"], options["dir_data"], scale, options["dir_demo"])
-        hr_path, lr_path = found.pairs[name]
-        lr, sr = read_image(lr_path), read_image(result.folder / f"{name}_x{scale}_SR.png")
-        images = {"bicubic": upscale(lr, scale), "SR": sr}
-        if hr_path:
-            images["HR"] = read_image(hr_path)[: sr.shape[0], : sr.shape[1]]
-    except (InputError, KeyError):
+    except InputError:
         return {}
-    return images
+    if name not in found.pairs or not sr_path.is_file():
+        return {}
+    hr_path, lr_path = found.pairs[name]
+    lr, sr = read_image(lr_path), read_image(sr_path)
+    height, width = (scale * side for side in lr.shape[:2])
+    hr = read_image(hr_path)[:height, :width] if hr_path else sr
+    if not sr.shape == hr.shape == (height, width, 3):
+        raise InputError(f"{sr_path}: not the size of {lr_path} times {scale}; repeat the test")
+    return {"bicubic": upscale(lr, scale), "SR": sr} | ({"HR": hr} if hr_path else {})
 
 
 def _worst_region(sr: np.ndarray, reference: np.ndarray, size: int) -> tuple[int, int]:
@@ -364,19 +421,10 @@ def settings(results: Iterable[Result]) -> Iterator[Section]:
     yield heading("Options and versions")
     rows = []
     for result in results:
-        changed, versions = result.options.get("changed", {}), result.options.get("versions", {})
-        flags = " ".join(f"--{key} {_flag_value(key, value)}" for key, value in changed.items())
+        changed, versions = result.options["changed"], result.options["versions"]
+        flags = " ".join(f"--{key} {flag_value(key, value)}" for key, value in changed.items())
         rows.append([result.title, flags, ", ".join(f"{key} {value}" for key, value in versions.items())])
     yield table(["test", "options", "versions"], rows, kind="options")
-
-
-def _flag_value(key: str, value: Any) -> str:
-    """The value of an option as the command line takes it."""
-    if key == "data_range":
-        return "/".join("-".join(map(str, span)) for span in value)
-    if isinstance(value, list):
-        return {"decay": "-", "betas": " "}.get(key, "+").join(map(str, value))
-    return "" if value is True else str(value)
 
 
 if __name__ == "__main__":

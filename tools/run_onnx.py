@@ -28,6 +28,8 @@ except ImportError:
     onnxruntime = None
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # others compile once per image size or lack operators
+DTYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}  # of images
+MAX_SCALE = 64
 BYTES_PER_FEATURE = 60  # memory that a graph needs per pixel and feature channel, measured on a CPU
 
 
@@ -66,15 +68,20 @@ class Network:
         metadata = self.session.get_modelmeta().custom_metadata_map
         if "smsr_scale" not in metadata:
             raise InputError(f"--model {path}: has no metadata smsr_scale; export it with tools/export_onnx.py")
-        self.scale = int(metadata["smsr_scale"])
+        try:
+            self.scale, n_feats = int(metadata["smsr_scale"]), int(metadata.get("smsr_n_feats", 64))
+            inputs = {value.name: value for value in self.session.get_inputs()}
+            self.n_colors, self.dtype = inputs["image"].shape[3], DTYPES[inputs["image"].type]
+            is_known = 1 <= self.scale <= MAX_SCALE and n_feats > 0 and self.n_colors in (1, 3)
+        except (ValueError, KeyError, IndexError):
+            is_known = False
+        if not is_known or "sr" not in {value.name for value in self.session.get_outputs()}:
+            raise InputError(f"--model {path}: not a network of tools/export_onnx.py, or damaged; export it again")
         if scale not in (None, self.scale):
             raise InputError(
                 f"--scale {scale}: {path} upscales by {self.scale}; remove the flag or use another network"
             )
-        self.bytes_per_pixel = BYTES_PER_FEATURE * int(metadata.get("smsr_n_feats", 64))
-        image = self.session.get_inputs()[0]
-        self.n_colors = image.shape[3]
-        self.dtype = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}[image.type]
+        self.bytes_per_pixel = BYTES_PER_FEATURE * n_feats
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         height, width = image.shape[:2]
@@ -97,7 +104,9 @@ class Network:
             message = str(error).lower()
             if isinstance(error, MemoryError) or "alloc" in message or "memory" in message:
                 raise too_large from None
-            raise
+            raise InputError(f"the network fails ({_one_line(error)}); export it again") from None
+        if sr.shape != (1, height * self.scale, width * self.scale, self.n_colors):
+            raise InputError(f"the network returns an array {sr.shape}; export it again")
         return sr[0]
 
 

@@ -61,6 +61,48 @@ def test_truncated_cached_files_are_reported(paths, size):
         cache.open_image(source)
 
 
+def test_a_file_cut_off_while_it_is_mapped_is_reported(paths):
+    (source, *_) = cache.prepare(paths, paths[0].parents[1], "sep")
+    assert cache.open_image(source).any()
+    os.truncate(source, 200)
+    with pytest.raises(InputError, match=r"the cached image is broken; rebuild the cache"):  # reading it would be fatal
+        cache.open_image(source)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        np.zeros((40, 48), np.uint8),
+        np.zeros((40, 48, 3), np.float64),
+        np.asfortranarray(np.zeros((40, 48, 3), np.uint8)),
+        np.zeros((0, 48, 3), np.uint8),
+        np.array([None], dtype=object),
+    ],
+    ids=str,
+)
+def test_arrays_that_are_no_image_are_reported_and_rebuilt(paths, content):
+    root = paths[0].parents[1]
+    (source, *_) = cache.prepare(paths, root, "sep")
+    np.save(source, content)
+    with pytest.raises(InputError, match=r"the cached image is broken"):
+        cache.open_image(source)
+    assert cache.prepare(paths, root, "sep")[0] == source
+    assert np.array_equal(cache.open_image(source), read_image(paths[0]))
+
+
+def test_a_header_of_another_image_is_reported_or_rebuilt(paths):
+    root = paths[0].parents[1]
+    (source, *_) = cache.prepare(paths, root, "sep")
+    whole = source.read_bytes()
+    for shape in (b"(80, 48, 3)", b"(40, 48, 6)", b"(-4, 48, 3)", b"(40, 4800)", b"(40, 48, x)", b"((((((((((("):
+        source.write_bytes(whole.replace(b"(40, 48, 3)", shape))
+        with pytest.raises(InputError, match=r"the cached image is broken"):
+            cache.open_image(source)
+    source.write_bytes(whole.replace(b"(40, 48, 3)", b"(48, 40, 3)"))  # of the same size
+    cache.prepare(paths, root, "sep")
+    assert source.read_bytes() == whole
+
+
 def test_sep_reset_rebuilds_the_cache(paths):
     root = paths[0].parents[1]
     (source, *_) = cache.prepare(paths, root, "sep")

@@ -52,8 +52,13 @@ def test_loss_is_the_distance_between_features_of_normalized_images(weights, tor
 
 def test_files_without_weights_are_refused(torchvision, tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
-    for name in ("text.pth", "absent.pth"):
-        with pytest.raises(InputError, match=f"{name}: cannot be read as torchvision's VGG19 weights; give") as error:
+    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    for name, problem in (
+        ("text.pth", "cannot be read as weights .broken or cut off.; give the file that torchvision downloads"),
+        ("absent.pth", "no such weights file; check the path"),
+        ("other.pth", r"not torchvision's VGG19 weights: features.0.weight is \(1,\), not .*; give the file"),
+    ):
+        with pytest.raises(InputError, match=f"{name}: {problem}") as error:
             vgg.VGG("VGG54", weights=tmp_path / name)
         assert error.value.argument is None
 

@@ -185,6 +185,42 @@ def test_other_files_of_a_folder_are_skipped_by_name(folder, capsys):
     assert "photos: skipped phone.HEIC: HEIC images cannot be read here; convert them to PNG or JPEG" in lines
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("scale", "two"), ("scale", "0"), ("scale", "9" * 99), ("n_feats", "-1"), ("n_feats", "")]
+)
+def test_damaged_metadata_is_reported(folder, key, value):
+    graph = onnx.load("w.onnx")
+    for entry in graph.metadata_props:
+        if entry.key == f"smsr_{key}":
+            entry.value = value
+    onnx.save(graph, "damaged.onnx")
+    with pytest.raises(
+        InputError, match=r"damaged\.onnx: not a network of tools/export_onnx\.py, or damaged; export it"
+    ):
+        Network(Path("damaged.onnx"))
+
+
+def test_another_graph_with_our_metadata_is_reported(folder):
+    for name, other in (("image", "picture"), ("sr", "hr")):
+        graph = onnx.load("w.onnx")
+        for value in (*graph.graph.input, *graph.graph.output):
+            value.name = value.name.replace(name, other)
+        for node in graph.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [other if used == name else used for used in names]
+        onnx.save(graph, "other.onnx")
+        with pytest.raises(InputError, match=r"other\.onnx: not a network of tools/export_onnx\.py"):
+            Network(Path("other.onnx"))
+
+
+def test_a_graph_of_another_scale_than_it_says_is_reported(folder):
+    graph = onnx.load("w.onnx")
+    next(entry for entry in graph.metadata_props if entry.key == "smsr_scale").value = "3"
+    onnx.save(graph, "other.onnx")
+    with pytest.raises(InputError, match=r"photos/0\.png: the network returns an array \(1, 18, 28, 3\); export"):
+        run_main(["--model", "other.onnx", "--input", "photos/0.png", "--output", "out"])
+
+
 def limit_memory():
     import resource
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import main
-from tools.report import _flag_value, _worst_region
+from data.image import write_png
+from option import flag_value
+from tools.report import _worst_region
 from tools.report import main as report
 from utility import InputError
 
@@ -80,10 +82,10 @@ def test_runs_with_the_same_name_get_a_row_each(tested):
 
 
 def test_options_are_shown_as_the_command_line_takes_them():
-    assert _flag_value("data_range", [[1, 3], [4, 4]]) == "1-3/4-4"
-    assert _flag_value("decay", [5, 8]) == "5-8"
-    assert _flag_value("data_test", ["Set5", "Set14"]) == "Set5+Set14"
-    assert _flag_value("reset", True) == ""
+    assert flag_value("data_range", [[1, 3], [4, 4]]) == "1-3/4-4"
+    assert flag_value("decay", [5, 8]) == "5-8"
+    assert flag_value("data_test", ["Set5", "Set14"]) == "Set5+Set14"
+    assert flag_value("reset", True) == ""
 
 
 def test_slider_shows_the_region_with_the_largest_error():
@@ -102,15 +104,55 @@ def test_errors_name_the_file(tested):
     (tested.parent / "empty").mkdir()
     with pytest.raises(InputError, match="empty: contains no results"):
         report(["experiment/empty"])
-    path = tested / "results-Set5-x2/metrics.json"
-    metrics = json.loads(path.read_text())
-    del metrics["parameters"]
-    path.write_text(json.dumps(metrics))
-    with pytest.raises(InputError, match=r"results-Set5-x2/metrics\.json: damaged"):
+    for path in tested.glob("results-*/metrics.json"):
+        path.write_text("[")
+    with pytest.raises(
+        InputError, match=r"mine: contains no results that can be read .*Set5-x2/metrics\.json: not JSON"
+    ):
         report([str(tested)])
-    path.write_text('{"dataset": "Set5"}')
-    with pytest.raises(InputError, match=r"results-Set5-x2/metrics\.json: damaged"):
-        report([str(tested)])
+    assert not (tested / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "changed", "problem"),
+    [
+        ("metrics.json", {"parameters": "many"}, "parameters is 'many', not an integer >= 1"),
+        ("metrics.json", {"psnr_y": [1]}, r"psnr_y is \[1\], not a number"),
+        ("metrics.json", {"gmacs_dense_at_1280x720": 0}, "gmacs_dense_at_1280x720 is 0, not a finite number"),
+        ("metrics.json", {"scale": -1}, "scale is -1"),
+        ("metrics.json", {"images": []}, "images has 0 entries, not at least 1"),
+        ("metrics.json", {"images": [{"name": "img0"}]}, "images.0.lr_shape is missing"),
+        ("metrics.json", "[" * 100_000, "not JSON, or broken"),
+        ("options.json", {"options": 1}, "options is 1, not a mapping"),
+        ("options.json", {"versions": {"torch": 2}}, "versions.torch is 2, not text"),
+        ("options.json", None, "No such file"),
+    ],
+    ids=str,
+)
+def test_results_that_cannot_be_read_are_named_and_left_out(tested, capsys, file, changed, problem):
+    path = tested / "results-Tiny-x2" / file
+    if changed is None:
+        path.unlink()
+    else:
+        path.write_text(changed if isinstance(changed, str) else json.dumps(json.loads(path.read_text()) | changed))
+    assert report([str(tested)]) == 1
+    assert re.match(f"left out: {path}: {problem}.*; repeat the test\n$", capsys.readouterr().err)
+    text = (tested / "report.md").read_text()
+    assert "mine: Set5 x2" in text
+    assert "mine: Tiny x2" not in text
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out(tested, capsys):
+    folder = tested / "results-Set5-x2"
+    hardest = min(json.loads((folder / "metrics.json").read_text())["images"], key=lambda row: row["psnr_y"])["name"]
+    (folder / f"{hardest}_x2_mask1.png").write_bytes(b"broken")
+    write_png(folder / f"{hardest}_x2_SR.png", np.zeros((9, 9, 3), np.uint8))
+    assert report([str(tested)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert f"{hardest}_x2_SR.png: not the size of" in lines[0]
+    assert f"{hardest}_x2_mask1.png: not an image, or broken" in lines[1]
+    assert (tested / "report.html").read_text().count('class="slider"') == 2 + 2
 
 
 def test_works_offline_in_a_browser(tested, browser):

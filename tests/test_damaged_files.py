@@ -1,0 +1,41 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from main import main
+
+COUNTS = {"weights": 110, "checkpoint": 50, "options": 40, "results": 50, "cache": 10, "onnx": 40}  # 300 files
+PROGRAM = Path(__file__).with_name("damaged_files.py")
+TRAIN = (
+    "--dir_data data --data_train Tiny --data_test Tiny2 --n_feats 8 --n_blocks 1 --n_layers 2 --patch_size 8 "
+    "--batch_size 2 --test_every 1 --epochs 2 --time_limit 1e-9 --n_threads 0 --ema 0.9 --save run"
+)
+TEST = "--dir_data data --data_test Tiny2 --pre_train weights.pt --test_only --save tested --save_results --save_masks"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, make_set, tiny):
+    """Weights, a run that can be resumed, its cache and a tested one."""
+    monkeypatch.chdir(tmp_path)
+    make_set("Tiny", count=2)
+    make_set("Tiny2", count=1, size=(24, 24), benchmark=True)
+    torch.save(tiny.state_dict(), "weights.pt")
+    main(TRAIN.split())
+    main(TEST.split())
+    return tmp_path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
+@pytest.mark.parametrize("kind", COUNTS)
+def test_damaged_files_work_or_are_reported_in_one_line(folder, kind, request):
+    if kind == "onnx":
+        exported = request.getfixturevalue("exported")
+        (folder / "w.onnx").write_bytes((exported / "w.onnx").read_bytes())
+        (folder / "data/benchmark/Tiny2/HR").rename(folder / "photos")
+    command = [sys.executable, PROGRAM, kind, folder, "0", str(COUNTS[kind])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.stdout == ""
+    assert done.returncode == 0, done.stderr
