@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,8 @@ from data.srdata import WholeImages
 from metrics import luma, psnr, shave, ssim
 from model.network import Cost, Network, Predict, to_numpy
 from utility import InputError, is_out_of_memory, synchronize
+
+MAX_WAITING = 32  # images whose quality is computed, or waits for it
 
 Metrics = dict[str, Any]  # the content of metrics.json
 Save = Callable[[str, np.ndarray, np.ndarray, np.ndarray], None]
@@ -68,8 +71,16 @@ def _background(device):
     if device.type == "cpu":
         yield _compute_at_once
         return
+    slots = threading.Semaphore(MAX_WAITING)
+
+    def submit(function, *args, **options):
+        slots.acquire()
+        future = pool.submit(function, *args, **options)
+        future.add_done_callback(lambda _: slots.release())
+        return future
+
     with ThreadPoolExecutor() as pool:
-        yield pool.submit
+        yield submit
 
 
 def _compute_at_once(function, *args, **options):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import distributed
 from checkpoint import Experiment
-from utility import InputError
+from utility import InputError, is_out_of_memory
 
 
 class Stop:
@@ -47,12 +47,20 @@ def report_failures(experiment: Experiment) -> Iterator[None]:
     except OSError as error:
         problem = f"{error.filename or 'a file'}: {error.strerror or error}"
         raise InputError(f"{problem}; fix it, then {resume_hint(experiment)}") from None
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if distributed.is_connection_lost(error):
             raise InputError(f"another process of this run has died; {resume_hint(experiment)}") from None
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             problem = str(error).strip().splitlines()[0]
             raise InputError(f"{problem}; install what is missing or leave it out", argument="compile") from None
+        if is_out_of_memory(error):
+            advice = "use a smaller one, or more parts (split_batch)"
+            raise InputError(
+                f"there is not enough memory; {advice}, then {resume_hint(experiment)}", "batch_size"
+            ) from None
+        if str(error).startswith("CUDA error"):  # the device is lost, or a kernel failed
+            problem = str(error).splitlines()[0]
+            raise InputError(f"{problem}; if the GPU works, {resume_hint(experiment)}") from None
         raise
 
 

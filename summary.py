@@ -147,7 +147,7 @@ class MaskMonitor:
 
 def mask_histogram(masks: Sequence[torch.Tensor]) -> Row:
     """K masks m (N, 1, H, W) in 0...1 -> {"mask_0.3": the share of pixels with m from 0.3 to 0.4, ...}."""
-    m = torch.cat([mask.flatten().float() for mask in masks])
+    m = torch.cat([mask.flatten().float() for mask in masks]).cpu()  # histc has no deterministic algorithm on a GPU
     counts = torch.histc(m, bins=10, min=0, max=1) / m.numel()
     return {f"mask_{index / 10}": value for index, value in enumerate(counts.tolist())}
 

@@ -257,6 +257,7 @@ class Trainer:
                 f"  {images.name} x{images.scale}{suffix.replace('_', ', ')}: {psnr_name} {psnr_mean:.3f} dB, "
                 f"ssim_y {metrics['ssim_y']:.4f}, active share {metrics['active_share']:.3f}"
             )
+            model.train()  # also frees what evaluating has allocated
         _, _, lambda_ = self.schedules.at(self.epoch)
         is_warmed_up = lambda_ == self.schedules.lambda_sparsity > 0
         self.mask_monitor.check(self.epoch, np.concatenate(densities), may_be_full=not is_warmed_up)

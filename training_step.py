@@ -148,7 +148,7 @@ class TrainingStep:
                 group["lr"] = lr
 
     def _graphed(self):
-        """The step as a CUDA graph, or without one if it cannot be captured, which is logged."""
+        """The step as a CUDA graph, or without one if a graph cannot hold it, which is logged."""
         reason = None
         if distributed.world_size() > 1:
             reason = "several processes exchange gradients"
@@ -159,14 +159,14 @@ class TrainingStep:
         if reason:
             logger.info(f"the training step runs without a CUDA graph: {reason}")
             return self._take
-        return StepGraph(self._take, prepare=self._prepare_graph)
-
-    def _prepare_graph(self):
-        """Let a graph read the learning rate from the device, where it can change."""
-        for group in self.optimizer.param_groups:
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+        for (
+            group
+        ) in self.optimizer.param_groups:  # a graph reads the learning rate from the device, where it can change
             group["lr"] = torch.full((), group["lr"], device=self.model.device)
             if "capturable" in group:
                 group["capturable"] = True
+        return StepGraph(self._take, self.model.device)
 
     def _take(self, lr_images, hr_images, tau, lambda_, largest_loss):
         """The part of a step that a graph can hold: only tensors go in and out."""

@@ -102,6 +102,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and Triton's kernels belong to the current device
     except Exception:  # each kind of device fails in its own way
         raise InputError(f"no such device {name!r} on this machine; use cpu or auto", argument="device") from None
     return device

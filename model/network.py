@@ -72,9 +72,12 @@ class DeferredCost:
         """The Cost itself. Raises InputError if the images contained NaN or infinity."""
         if self._cost is None:
             self._cost = self._compute()
+            self._compute = None
         return self._cost
 
     def __getattr__(self, name: str):
+        if name.startswith("_"):  # copying and pickling ask for such names before there is a Cost
+            raise AttributeError(name)
         return getattr(self.resolve(), name)
 
     def __add__(self, other: Cost) -> Cost:

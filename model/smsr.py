@@ -250,15 +250,23 @@ class SMSR(Network):
     def train(self, mode: bool = True) -> "SMSR":
         """As in nn.Module; the network is compiled again, because not every optimizer tells that it changes weights."""
         if mode:
-            self._planned = None
+            self._forget_plan()
         return super().train(mode)
+
+    def _apply(self, *args, **options):  # also moves and converts weights, perhaps into memory that others had before
+        self._forget_plan()
+        return super()._apply(*args, **options)
+
+    def _forget_plan(self):
+        self._engine = self._planned = None
 
     def use_engine(self, name: str) -> None:
         """Choose what runs inference: "auto", the fastest engine here, or another of engines.NAMES.
 
         The next call of `inference` raises InputError if that engine cannot run.
         """
-        self._engine_name, self._planned = name, None
+        self._engine_name = name
+        self._forget_plan()
 
     @property
     def peak_maps(self) -> int:

@@ -4,6 +4,7 @@ import itertools
 import math
 import multiprocessing
 import random
+import re
 import shutil
 import signal
 import time
@@ -18,7 +19,7 @@ from loss import build_loss
 from model.smsr import SMSR
 from trainer import Schedules, Trainer, TrainSettings, dry_run, learning_rate, sparsity_weight, temperature
 from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
-from utility import InputError
+from utility import InputError, be_deterministic
 
 # ---- schedules -------------------------------------------------------------------------------------------------------
 
@@ -752,3 +753,35 @@ def test_a_dry_run_reports_what_a_run_costs_and_writes_nothing(build):
     assert lines[4].startswith("peak memory: ")
     assert lines[-1].startswith("remaining epochs: 2, about 0 minutes")
     assert not trainer.experiment.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "there is not enough memory; use a smaller one, or more parts (split_batch), then resume with"),
+        (RuntimeError("CUDA out of memory. Tried"), "there is not enough memory; use a smaller one, or more parts"),
+        (
+            RuntimeError("CUDA error: unspecified launch failure\nmore"),
+            "CUDA error: unspecified launch failure; if the GPU",
+        ),
+    ],
+)
+def test_a_lost_device_or_lack_of_memory_is_one_line(build, error, line):
+    trainer = build()
+
+    def fail(*_):
+        raise error
+
+    trainer.run_step = fail
+    with pytest.raises(InputError, match="^" + re.escape(line)) as caught:
+        trainer.fit(1)
+    assert str(caught.value).endswith("python main.py --load run")
+    assert resume(build).fit(1)
+
+
+def test_a_deterministic_training_needs_no_other_operators(build):
+    be_deterministic()
+    try:
+        assert build().fit(1)
+    finally:
+        be_deterministic(False)

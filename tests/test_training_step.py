@@ -574,7 +574,7 @@ def test_a_state_of_another_shape_or_kind_is_refused_and_named(name):
 # ---- CUDA graphs -----------------------------------------------------------------------------------------------------
 
 
-def record(function, inputs, stream=None):
+def record(function, inputs, stream):
     """Stands in for graphs.capture, which needs a GPU: runs nothing before the first replay."""
     results = []
 
@@ -653,17 +653,25 @@ def test_what_a_graph_cannot_hold_runs_without_one(graphed, settings, reason, ca
     assert [record.message for record in caplog.records] == [f"the training step runs without a CUDA graph: {reason}"]
 
 
-def test_a_step_that_cannot_be_captured_goes_on_without_a_graph(graphed, monkeypatch, caplog):
+def test_a_step_that_cannot_be_captured_is_reported(graphed, monkeypatch):
     def fail(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    logger.setLevel("INFO")
     monkeypatch.setattr("model.engines.graphs.capture", fail)
-    steps = build_step(), graphed()
-    for index in range(6):
-        for step in steps:
-            take(step, *random_batch(seed=index), noise_seed=index)
-    assert torch.equal(weights(steps[0]), weights(steps[1]))
-    assert [record.message for record in caplog.records] == [
-        "the training step runs without a CUDA graph: operation not permitted when stream is capturing"
-    ]
+    step = graphed()
+    for _ in range(3):
+        take(step, *random_batch())
+    with pytest.raises(
+        InputError, match=r"cannot become a CUDA graph \(operation not permitted .* capturing\)"
+    ) as error:
+        take(step, *random_batch())
+    assert error.value.argument == "compile"
+
+
+def test_batches_of_another_size_run_without_the_graph(graphed):
+    states = []
+    for step in (build_step(), graphed()):
+        for index in range(7):
+            take(step, *random_batch(n_images=2 if index == 5 else 4, seed=index), noise_seed=index)
+        states.append(step.state())
+    assert_identical(states[1]["model"], states[0]["model"])

@@ -9,7 +9,7 @@ from model.engines.build import BuildError
 from model.engines.native import NativeEngine
 from model.network import Cost, DeferredCost
 from model.sparse import Plan
-from utility import InputError, logger
+from utility import InputError, is_out_of_memory, logger
 
 # A function of images (N, n_colors, H, W), the mode and the tile, as `SMSR.inference`.
 Engine = Callable[[torch.Tensor, str, int | None], tuple[torch.Tensor, Cost | DeferredCost]]
@@ -48,13 +48,17 @@ def _build_fused(plan: Plan) -> Engine:
     device = plan.model.device
     if device.type != "cuda":
         raise UnavailableError("it runs on NVIDIA GPUs only")
-    try:
-        from model.engines.fused import FusedEngine  # Triton is optional
-    except ImportError as error:
-        raise UnavailableError(f"Triton is missing ({error})") from error
     if torch.cuda.get_device_capability(device) < (8, 0):
         raise UnavailableError("it needs a GPU of compute capability 8.0 or newer")
-    return FusedEngine(plan)
+    try:
+        from model.engines.fused import FusedEngine  # Triton is optional, and may be broken in many ways
+
+        return FusedEngine(plan)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnavailableError(f"it needs a Triton that works ({problem})") from error
 
 
 def _build_native(plan: Plan) -> Engine:

@@ -238,7 +238,8 @@ class FusedEngine:
             self._report(f"{x.shape[2]}x{x.shape[3]} pixels are too many")
             return self.plain(x, mode, tile)
         try:
-            result = FusedResult(*self.graphs(x, may_capture=self.fused.needed_bytes(x) < self.largest_graph))
+            with torch.cuda.device_of(x):  # Triton launches on the current device
+                result = FusedResult(*self.graphs(x, may_capture=self.fused.needed_bytes(x) < self.largest_graph))
         except Exception as error:  # Triton fails in many ways; plain operators give the same result
             if is_out_of_memory(error):
                 raise
@@ -256,12 +257,13 @@ class FusedEngine:
         n, _, height, width = x.shape
         pixels = n * (height + height % 2) * (width + width % 2)
         masks, fused = tuple(result.masks), self.fused
+        not_finite, important_pixels = result.not_finite, result.important  # without the images
 
         def compute():
-            if result.not_finite.item():
+            if not_finite.item():
                 raise InputError("the images contain NaN or infinity; pass finite pixels")
             costs = []
-            for k, important in enumerate(result.important.sum(1).tolist()):
+            for k, important in enumerate(important_pixels.sum(1).tolist()):
                 block = self.plain.blocks[k]
                 executed = block.mask_macs * pixels + fused.executed_macs(fused.blocks[k], pixels, important)
                 costs.append(block.cost(pixels, important, executed, masks[k]))

@@ -15,10 +15,19 @@ a grid (tiles, images). Names in capitals are compile-time constants.
 import triton
 import triton.language as tl
 
+# One compiled kernel serves all sizes, and pointers into the middle of a tensor.
+kernel = triton.jit(
+    do_not_specialize=[
+        *("H", "W", "PH", "PW", "PP", "P", "height", "width", "stride", "sums_stride"),
+        *("sn", "sc", "sh", "sw"),
+    ],
+    do_not_specialize_on_alignment=["x", "total", "mask", "counts"],
+)
+
 SUM_SCALE = tl.constexpr(2.0**20)  # of sums that are kept as integers
 
 
-@triton.jit
+@kernel
 def _load_image(x, n, color, row, col, height, width, sn, sc, sh, sw, mask):
     """Pixels of an image (N, colors, height, width), replicated beyond its last row and column."""
     row = tl.minimum(tl.maximum(row, 0), height - 1)
@@ -27,7 +36,7 @@ def _load_image(x, n, color, row, col, height, width, sn, sc, sh, sw, mask):
     return tl.load(x + at, mask=mask, other=0.0)
 
 
-@triton.jit
+@kernel
 def first_conv(
     x,
     mean,
@@ -69,7 +78,7 @@ def first_conv(
     tl.store(out + n * H * W * C + at, acc.to(out.dtype.element_ty), mask=(p < H * W)[:, None])
 
 
-@triton.jit
+@kernel
 def _convolve(
     src, w, p, H, W, C: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr
 ):
@@ -88,7 +97,7 @@ def _convolve(
     return acc
 
 
-@triton.jit
+@kernel
 def conv3x3(
     src,
     w,
@@ -117,7 +126,7 @@ def conv3x3(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
+@kernel
 def _convolve_windows(
     src,
     w,
@@ -152,7 +161,7 @@ def _convolve_windows(
     return tl.maximum(acc + tl.load(bias + k)[None, :].to(tl.float32), 0.0)
 
 
-@triton.jit
+@kernel
 def mask_pool(
     f,
     w,
@@ -180,7 +189,7 @@ def mask_pool(
     tl.store(out + at, pooled.to(out.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
+@kernel
 def mask_decide(
     src,
     w,
@@ -226,7 +235,7 @@ def mask_decide(
     tl.store(counts + n * tl.num_programs(0) + t, tl.sum(total, 0))
 
 
-@triton.jit
+@kernel
 def kernel_map(mask, counts, order, bits, total, H, W, PW, PP, BM: tl.constexpr):
     """List the pixels, important ones from the front and others from the back, and look around each of them.
 
@@ -270,7 +279,7 @@ def kernel_map(mask, counts, order, bits, total, H, W, PW, PP, BM: tl.constexpr)
         last += tl.sum(o, 0)
 
 
-@triton.jit
+@kernel
 def _collect(
     f,
     maps,
@@ -294,7 +303,7 @@ def _collect(
     return z
 
 
-@triton.jit
+@kernel
 def important_layer(
     src,
     maps,
@@ -360,14 +369,14 @@ def important_layer(
             tl.store(out + at, f, mask=valid[:, None])
 
 
-@triton.jit
+@kernel
 def _add_to_sums(sums, values, valid):
     """Add the rows of values (BM, C) that are valid. Integers, so that the order of additions is irrelevant."""
     total = tl.sum(tl.where(valid[:, None], values.to(tl.float32), 0.0), 0)
     tl.atomic_add(sums, (total * SUM_SCALE).to(tl.int64))
 
 
-@triton.jit
+@kernel
 def dense_layer(
     src,
     out,
@@ -414,7 +423,7 @@ def dense_layer(
         _add_to_sums(sums + n * sums_stride + co, f, valid)
 
 
-@triton.jit
+@kernel
 def _attention(
     sums,
     total,
@@ -447,7 +456,7 @@ def _attention(
     return tl.sigmoid(tl.sum(tl.load(w2 + c[:, None] * R + r[None, :]) * h[None, :], 1) + tl.load(b2 + c))
 
 
-@triton.jit
+@kernel
 def attend(
     f,
     y,
@@ -502,7 +511,7 @@ def attend(
     tl.store(out + at, v.to(out.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
+@kernel
 def reduce(
     features, w, bias, out, P, stride, BLOCKS: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr
 ):
@@ -520,7 +529,7 @@ def reduce(
     tl.store(out + at, tl.maximum(z, 0.0).to(out.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@kernel
 def reconstruct(
     src,
     w,

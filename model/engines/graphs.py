@@ -1,5 +1,6 @@
 """CUDA graphs: launch all kernels of a forward, or of a training step, at once."""
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from utility import logger
+from utility import InputError, is_out_of_memory
 
 MAX_GRAPHS = 4  # shapes kept
 MAX_SHARE = 0.25  # of the memory of the device that a graph may need
@@ -17,14 +18,19 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def capture(
-    function: Callable[..., Tensors], inputs: Sequence[torch.Tensor], stream: Any = None
+    function: Callable[..., Tensors], inputs: Sequence[torch.Tensor], stream: Any, pool: Any = None
 ) -> tuple[Callable[[], None], Tensors]:
     """Record the kernels of function(*inputs), without running them. Returns how to run them, and their results.
 
-    They always read from these inputs, and overwrite these results. stream: where they are recorded; None: a new one
+    They always read from these inputs, and overwrite these results.
+
+    Args:
+        stream: where they are recorded
+        pool: memory that graphs share which never run at once; None: new memory
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may load data
+    # Other threads may load data in the meantime.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         results = function(*inputs)
     return graph.replay, results
 
@@ -38,7 +44,8 @@ def run_both(first: Callable[[], None], second: Callable[[], None]) -> None:
         first()
         second()
         return
-    stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream = torch.cuda.current_stream()
+    side = _side_stream(stream.device)
     side.wait_stream(stream)
     with torch.cuda.stream(side):
         first()
@@ -46,25 +53,38 @@ def run_both(first: Callable[[], None], second: Callable[[], None]) -> None:
     stream.wait_stream(side)
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)
+
+
 class CudaGraph:
     """A function of one tensor, captured for tensors like `example`. A call returns tensors that nobody overwrites."""
 
-    def __init__(self, function: Callable[[torch.Tensor], Tensors], example: torch.Tensor):
-        self.input = example.clone()
-        self.replay, self.results = capture(function, [self.input])
+    def __init__(self, function: Callable[[torch.Tensor], Tensors], example: torch.Tensor, pool: Any = None):
+        with torch.inference_mode(False):  # else it could not be written to outside of that mode
+            self.input = example.clone()
+        function(self.input)  # compiles what a tensor with these strides needs, which a capture cannot do
+        self.replay, self.results = capture(function, [self.input], torch.cuda.Stream(example.device), pool)
+        self.done = torch.cuda.Event()
 
     def __call__(self, x: torch.Tensor) -> Tensors:
+        torch.cuda.current_stream().wait_event(self.done)  # the last call may have come from another stream
         self.input.copy_(x)
         self.replay()
-        return tuple(result.clone() for result in self.results)
+        results = tuple(result.clone() for result in self.results)
+        self.done.record()
+        return results
 
 
 class GraphCache:
     """Calls a function directly for the first tensor of a shape, captures it for the second, and then replays it.
 
+    All graphs share their memory, so calls wait for each other.
+
     Args:
         function: of one tensor; returns a tuple of tensors, without waiting for the device
-        capture: makes a replayable function from a function and an example
+        capture: makes a replayable function from a function, an example and a memory pool
         size: graphs kept; the one that was not used for the longest time is dropped
     """
 
@@ -75,36 +95,42 @@ class GraphCache:
         size: int = MAX_GRAPHS,
     ):
         self.function, self.capture, self.size = function, capture, size
-        self.graphs: OrderedDict[Any, Callable | None] = OrderedDict()  # None: seen once
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self.graphs: OrderedDict[Any, Callable] = OrderedDict()
+        self._seen: set[Any] = set()
         self._lock = threading.Lock()  # a graph has a single input buffer
 
     def __call__(self, x: torch.Tensor, may_capture: bool = True) -> Tensors:
         """Run the function on x; without `may_capture` a new graph is not made."""
-        key = x.shape, x.stride(), x.dtype, x.device
+        key = x.shape, x.stride(), x.dtype, x.device, torch.backends.cudnn.allow_tf32
         with self._lock:
-            graph = self.graphs.pop(key, False)
-            if graph is None and may_capture:
-                graph = self.capture(self.function, x)
-            self.graphs[key] = graph or None
-            while len(self.graphs) > self.size:
-                self.graphs.popitem(last=False)
-            return graph(x) if graph else self.function(x)
+            graph = self.graphs.pop(key, None)
+            if graph is None and may_capture and key in self._seen:
+                graph = self.capture(self.function, x, self.pool)
+            if graph is None:
+                self._seen.add(key)
+                return self.function(x)
+            self.graphs[key] = graph
+            if len(self.graphs) > self.size:
+                self._seen.discard(self.graphs.popitem(last=False)[0])
+            return graph(x)
 
 
 class StepGraph:
     """A training step, captured after a few calls and replayed from then on, for inputs of one shape.
 
     A call returns what the step returns; the next call overwrites it. Random numbers depend on the seed as they do
-    without a graph. If the step cannot be captured, a log line says so and it runs without a graph.
+    without a graph.
 
     Args:
         step: a function of tensors that never waits for the device
-        prepare: called before the step is captured
+
+    Raises InputError if the step cannot be captured.
     """
 
-    def __init__(self, step: Callable[..., Tensors], prepare: Callable[[], None]):
-        self.step, self.prepare = step, prepare
-        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None  # where it warms up and is captured
+    def __init__(self, step: Callable[..., Tensors], device: torch.device):
+        self.step = step
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # of the warm-up and the capture
         self.calls, self.inputs, self.replay, self.results = 0, None, None, None
 
     def __call__(self, *inputs: torch.Tensor) -> Tensors:
@@ -119,12 +145,14 @@ class StepGraph:
         return self.results
 
     def _capture(self, inputs):
+        self.inputs = [tensor.clone() for tensor in inputs]
         try:
-            self.prepare()
-            self.inputs = [tensor.clone() for tensor in inputs]
             self.replay, self.results = capture(self.step, self.inputs, self.stream)
         except RuntimeError as error:
-            logger.info(f"the training step runs without a CUDA graph: {str(error).strip().splitlines()[0]}")
+            if is_out_of_memory(error):
+                raise
+            problem = str(error).strip().splitlines()[0]
+            raise InputError(f"the step cannot become a CUDA graph ({problem}); leave it out", "compile") from None
 
     def _run_on_stream(self, inputs):
         if self.stream is None:

@@ -9,7 +9,7 @@ class Recorded:
 
     made = 0
 
-    def __init__(self, function, example):
+    def __init__(self, function, example, pool):
         type(self).made += 1
         self.function = function
         self.calls = 0
@@ -53,6 +53,12 @@ def test_the_shape_that_was_not_used_for_the_longest_time_is_dropped(cache):
     assert [key[0][2] for key in cache.graphs] == [4, 6]
     cache(images(5))
     assert Recorded.made == 3  # 5 is seen for the first time again
+
+
+def test_shapes_seen_once_drop_no_graph(cache):
+    for side in (4, 4, 5, 6, 7, 8):
+        cache(images(side))
+    assert [key[0][2] for key in cache.graphs] == [4]
 
 
 def test_nothing_is_captured_where_memory_is_short(cache):
