@@ -15,7 +15,7 @@ import distributed
 from data.srdata import WholeImages
 from metrics import luma, psnr, shave, ssim
 from model.network import Cost, Network, Predict, to_numpy
-from utility import InputError, is_out_of_memory, synchronize
+from utility import InputError, is_out_of_memory, logger, synchronize
 
 MAX_WAITING = 32  # images whose quality is computed, or waits for it
 
@@ -61,6 +61,7 @@ def evaluate(
     measured = [(row | quality.result(), cost) for row, quality, cost in measured]
     shares = distributed.gather(measured)  # image by image, in the order in which they were distributed
     rows, costs = zip(*(shares[i % len(shares)][i // len(shares)] for i in range(len(images))), strict=True)
+    _report_left_out(rows, images.name)
     facts = {"dataset": images.name, "scale": images.scale, "model": type(model).__name__}
     return facts | {"parameters": model.n_parameters} | _summarize(rows, costs, images.scale)
 
@@ -113,13 +114,13 @@ def _run(model, name, lr, predict, warm_up):
 
 
 def _summarize(rows: Sequence[dict], costs: Sequence[Cost], scale: int) -> Metrics:
-    """The means over a set, and the rows of its images."""
+    """The means over a set, and the rows of its images. An image met exactly, with infinite PSNR, spoils no mean."""
 
     def mean(values):
         return sum(values) / len(rows)
 
     quality = [key for key in rows[0] if key.startswith(("psnr", "ssim"))]
-    return {key: mean(row[key] for row in rows) for key in quality} | {
+    return {key: _mean_of_finite([row[key] for row in rows]) for key in quality} | {
         "n_images": len(rows),
         "seconds_per_image": mean(row["seconds"] for row in rows),
         "gmacs": mean(cost.macs for cost in costs) / 1e9,
@@ -135,6 +136,23 @@ def _summarize(rows: Sequence[dict], costs: Sequence[Cost], scale: int) -> Metri
 def mask_densities(metrics: Metrics) -> np.ndarray:
     """The density of each mask on each of N images, (N, K) in 0...1; K is 0 for a network without masks."""
     return np.array([row["mask_density"] for row in metrics["images"]], dtype=float)
+
+
+def _mean_of_finite(values: Sequence[float]) -> float:
+    """The mean without infinite and undefined values, or one of these if there is nothing else."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else values[0]
+
+
+def _report_left_out(rows: Sequence[dict], set_name: str) -> None:
+    """Name the images whose PSNR or SSIM is not a number that a mean can contain."""
+    quality = [key for key in rows[0] if key.startswith(("psnr", "ssim"))]
+    names = [row["name"] for row in rows if not all(math.isfinite(row[key]) for key in quality)]
+    if names and len(names) < len(rows) and distributed.is_main_process():
+        logger.warning(
+            f"{set_name}: the means leave out what is infinite (an image without any error) or undefined (one that is "
+            f"too small) for {', '.join(names)}"
+        )
 
 
 def masks_of(cost: Cost) -> np.ndarray:

@@ -141,3 +141,25 @@ def test_multiply_adds_are_scaled_to_an_output_of_1280x720():
 def test_masks_of_a_network_without_masks():
     assert mask_densities({"images": [{"mask_density": []}] * 3}).shape == (3, 0)
     assert len(masks_of(Cost(pixels=1, macs=1, macs_dense=1, macs_run=1))) == 0
+
+
+def test_one_image_spoils_no_mean(make_set, tiny, monkeypatch, caplog):
+    (images,) = build_test_sets(["Tiny"], DataSettings(make_set(benchmark=True)))
+    qualities = iter([(30.0, 0.9), (math.inf, 1.0), (32.0, math.nan)])
+    monkeypatch.setattr(
+        "evaluation.compare", lambda *_, **__: dict(zip(("psnr_y", "ssim_y"), next(qualities), strict=True))
+    )
+    metrics = evaluate(tiny, images)
+    assert metrics["psnr_y"] == 31
+    assert metrics["ssim_y"] == pytest.approx(0.95)
+    assert [row["psnr_y"] for row in metrics["images"]] == [30, math.inf, 32]
+    (line,) = caplog.messages
+    assert line.startswith("Tiny: the means leave out")
+    assert line.endswith("for img1, img2")
+
+
+def test_the_mean_of_images_without_error_is_infinite(make_set, tiny, monkeypatch, caplog):
+    (images,) = build_test_sets(["Tiny"], DataSettings(make_set(benchmark=True)))
+    monkeypatch.setattr("evaluation.compare", lambda *_, **__: {"psnr_y": math.inf, "ssim_y": 1.0})
+    assert evaluate(tiny, images)["psnr_y"] == math.inf
+    assert not caplog.messages
