@@ -22,6 +22,8 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
+RELEASED = "released"  # the folder of weights that no run may overwrite
+
 _locks: set[int] = set()  # descriptors of folders that this process has locked
 
 
@@ -88,26 +90,28 @@ class Experiment:
     def __init__(self, name: str, root: str | Path = "experiment", argument: str = "save"):
         if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
             raise InputError(f"{name!r} is not a valid run name; use letters, digits and . _ + -", argument=argument)
+        if name == RELEASED:
+            raise InputError(f"{name!r} is the folder of the released weights; choose another name", argument=argument)
         self.name = name
         self.folder = Path(root) / name
         self.checkpoint_path = self.folder / "checkpoint.pt"
         self.options_path = self.folder / "options.json"
 
     def exists(self) -> bool:
-        """Whether the folder holds anything."""
-        return self.folder.is_dir() and any(self.folder.iterdir())
+        """Whether the folder holds a run, or anything else but results of tests."""
+        return self.folder.is_dir() and any(not path.name.startswith("results-") for path in self.folder.iterdir())
 
     def contains(self, path: str | Path) -> bool:
         """Whether a file lies in the folder."""
         return self.folder.resolve() in Path(path).resolve().parents
 
     def create(self, reset: bool = False) -> None:
-        """Make the folder. Raises InputError if it already contains something, unless `reset`: then it is emptied."""
+        """Make the folder. Raises InputError if it already contains a run, unless `reset`: then it is emptied."""
         if self.exists() and not reset:
             raise InputError(f"{self.folder}: already contains a run; choose another name")
-        if self.folder.is_dir():
+        if reset and self.folder.is_dir():
             shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def create_results(self, set_name: str, scale: int, reset: bool = False) -> Path:
         """Make the folder of a test and return it; with `reset` it is emptied."""

@@ -237,3 +237,19 @@ def test_a_folder_that_does_not_exist_needs_no_lock(tmp_path):
     experiment = Experiment("absent", tmp_path)
     with experiment.lock():
         assert not experiment.folder.exists()
+
+
+def test_results_of_a_test_do_not_stand_in_the_way_of_a_run(tmp_path):
+    experiment = Experiment("run", tmp_path)
+    results = experiment.create_results("Set5", 2)
+    (results / "metrics.json").write_text("{}")
+    assert not experiment.exists()
+    experiment.create()
+    assert (results / "metrics.json").exists()
+
+
+def test_the_folder_of_the_released_weights_is_no_run(tmp_path):
+    for argument in ("save", "load"):
+        with pytest.raises(InputError, match="'released' is the folder of the released weights") as error:
+            Experiment("released", tmp_path, argument)
+        assert error.value.argument == argument

@@ -794,7 +794,7 @@ def test_a_new_run_can_start_from_the_weights_of_an_old_one(old_run):
 
 def test_the_released_weights_run_on_the_sample_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    weights = ROOT / "experiment/SMSR_X2/model/model_best.pt"
+    weights = ROOT / "experiment/released/SMSR_X2/model/model_best.pt"
     run(f"--dir_data {ROOT / 'testsets'} --data_test Sample --pre_train {weights} --test_only --save check")
     metrics = json.loads((tmp_path / "experiment/check/results-Sample-x2/metrics.json").read_text())
     for row in metrics["images"]:

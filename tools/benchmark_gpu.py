@@ -41,7 +41,7 @@ from tools.timing import peak_mib, timed
 from training_step import StepSettings, TrainingStep
 from utility import InputError, be_deterministic, write_json
 
-DEFAULT_WEIGHTS = Path(__file__).resolve().parent.parent / "experiment/SMSR_X2/model/model_best.pt"
+DEFAULT_WEIGHTS = Path(__file__).resolve().parent.parent / "experiment/released/SMSR_X2/model/model_best.pt"
 SIZES = ((1, 128, 128), (1, 256, 256), (1, 360, 640), (8, 360, 640), (1, 720, 1280))  # N, H, W
 PRECISIONS = {"exact": torch.float32, "tf32": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 SPLITS = ((), (0, 0, 0, 0), (64, 64, 64, 64), (1, 0, 1, 0), (0, 64, 0, 64), (63, 1, 63, 1))  # dense channels; (): as is

@@ -1,6 +1,6 @@
 """Export a network to one ONNX file. An SMSR skips the masked work there too, wherever ONNX Runtime runs.
 
-    python tools/export_onnx.py --pre_train experiment/SMSR_X2/model/model_best.pt --output smsr_x2.onnx
+    python tools/export_onnx.py --pre_train experiment/released/SMSR_X2/model/model_best.pt --output smsr_x2.onnx
 
 This needs pip install -r requirements-deploy.txt. The graph takes `image` (N, H, W, 3) in 0...255, of any height and
 width. It returns `sr` (N, scale H, scale W, 3) in the same range and, with --masks, `masks`, uint8 (N, K, H, W), which

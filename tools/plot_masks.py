@@ -1,6 +1,6 @@
 """Draw the channel masks of an SMSR network: which channels of each layer of each SMM are dense.
 
-python tools/plot_masks.py --pre_train experiment/SMSR_X2/model/model_best.pt --output channels.png
+python tools/plot_masks.py --pre_train experiment/released/SMSR_X2/model/model_best.pt --output channels.png
 """
 
 import argparse

@@ -172,7 +172,7 @@ def test_the_graph_is_standard_onnx(tiny, mode):
 
 
 def test_released_weights_agree_on_sample_images():
-    model = load_model(REPOSITORY / "experiment/SMSR_X4/model/model_best.pt")
+    model = load_model(REPOSITORY / "experiment/released/SMSR_X4/model/model_best.pt")
     folder = REPOSITORY / "testsets/benchmark/Sample/LR_bicubic/X4"
     session = start(export(model))
     for path in sorted(folder.iterdir()):
