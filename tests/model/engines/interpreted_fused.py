@@ -40,7 +40,7 @@ def assert_equals_plain(model, x, atol=1e-3):
     """The image, the masks and the cost of the fused engine are those of the plain engine."""
     engine = FusedEngine(Plan(model))
     sr, cost = engine(x)
-    expected, plain = model.inference(x, "sparse")
+    expected, plain = Plan(model)(x, "sparse")
     assert engine.fused, engine.reported  # it did not fall back
     assert sr.shape == expected.shape
     assert sr.dtype == expected.dtype
@@ -132,7 +132,7 @@ def test_tiles_and_the_masked_dense_mode_run_by_the_plain_plan(monkeypatch):
     monkeypatch.setattr(FusedPlan, "__call__", None)
     x = torch.rand(1, 3, 6, 6)
     for arguments, reported in (((x, "dense"), set()), ((x, "auto", 64), {"it runs whole images, not tiles"})):
-        assert torch.equal(engine(*arguments)[0], model.inference(*arguments)[0])
+        assert torch.equal(engine(*arguments)[0], Plan(model)(*arguments)[0])
         assert engine.reported == reported
 
 
@@ -148,7 +148,7 @@ def test_what_the_engine_cannot_run_falls_back_with_one_log_line(caplog, monkeyp
     large = SMSR(2, n_feats=144, n_blocks=1, n_layers=1).eval()
     engine = FusedEngine(Plan(large))
     for _ in range(2):
-        assert torch.equal(engine(x)[0], large.inference(x)[0])
+        assert torch.equal(engine(x)[0], Plan(large)(x)[0])
     assert [record.message for record in caplog.records] == [
         "fused engine: the network has more than 128 features; using plain operators, which are slower"
     ]
@@ -161,7 +161,7 @@ def test_what_the_engine_cannot_run_falls_back_with_one_log_line(caplog, monkeyp
 
     engine.graphs.function = fail
     for _ in range(2):
-        assert torch.equal(engine(x)[0], model.inference(x)[0])
+        assert torch.equal(engine(x)[0], Plan(model)(x)[0])
     assert [record.message for record in caplog.records] == [
         "fused engine: ValueError: no such target; using plain operators, which are slower"
     ]
