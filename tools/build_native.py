@@ -37,9 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     models = {path: load_model(path, "SMSR") for path in args.pre_train} or {"the network of the paper": SMSR(2)}
     for name, model in models.items():
         try:
-            NativePlan(Plan(model))
+            library = NativePlan(Plan(model)).library
         except BuildError as error:
             raise InputError(f"{name}: the native engine {error}; plain operators run it") from None
+        if not Path(library._name).exists():
+            raise InputError(f"{cache_folder()}: cannot be written; set XDG_CACHE_HOME to a folder that can")
     print(f"the native engine is in {cache_folder()}")
 
 

@@ -69,17 +69,18 @@ def _load_or_build(definitions):
 
 
 def _build(compiler, flags, path):
-    started = time.perf_counter()
+    started, kept = time.perf_counter(), ""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         library = _compile(compiler, flags, path)
-    except OSError:  # the cache cannot be written, is full, or forbids execution
+    except OSError as problem:  # the cache cannot be written, is full, or forbids execution
+        kept = f", but not kept: {path.parent} cannot be used ({problem.strerror or 'no program may run there'})"
         with tempfile.TemporaryDirectory(prefix="smsr-") as folder:
             try:
                 library = _compile(compiler, flags, Path(folder) / path.name)
             except OSError as error:
                 raise BuildError(f"cannot load what {shlex.join(compiler)} built ({error})") from None
-    logger.info(f"native engine: built by {shlex.join(compiler)} in {time.perf_counter() - started:.0f} s")
+    logger.info(f"native engine: built by {shlex.join(compiler)} in {time.perf_counter() - started:.0f} s{kept}")
     return library
 
 
