@@ -119,8 +119,7 @@ def _summarize(rows: Sequence[dict], costs: Sequence[Cost], scale: int) -> Metri
     def mean(values):
         return sum(values) / len(rows)
 
-    quality = [key for key in rows[0] if key.startswith(("psnr", "ssim"))]
-    return {key: _mean_of_finite([row[key] for row in rows]) for key in quality} | {
+    return {key: _mean_of_finite([row[key] for row in rows]) for key in _quality(rows[0])} | {
         "n_images": len(rows),
         "seconds_per_image": mean(row["seconds"] for row in rows),
         "gmacs": mean(cost.macs for cost in costs) / 1e9,
@@ -138,6 +137,11 @@ def mask_densities(metrics: Metrics) -> np.ndarray:
     return np.array([row["mask_density"] for row in metrics["images"]], dtype=float)
 
 
+def _quality(row: dict) -> list[str]:
+    """The columns of a row that measure quality."""
+    return [key for key in row if key.startswith(("psnr", "ssim"))]
+
+
 def _mean_of_finite(values: Sequence[float]) -> float:
     """The mean without infinite and undefined values, or one of these if there is nothing else."""
     finite = [value for value in values if math.isfinite(value)]
@@ -146,8 +150,7 @@ def _mean_of_finite(values: Sequence[float]) -> float:
 
 def _report_left_out(rows: Sequence[dict], set_name: str) -> None:
     """Name the images whose PSNR or SSIM is not a number that a mean can contain."""
-    quality = [key for key in rows[0] if key.startswith(("psnr", "ssim"))]
-    names = [row["name"] for row in rows if not all(math.isfinite(row[key]) for key in quality)]
+    names = [row["name"] for row in rows if not all(math.isfinite(row[key]) for key in _quality(row))]
     if names and len(names) < len(rows) and distributed.is_main_process():
         logger.warning(
             f"{set_name}: the means leave out what is infinite (an image without any error) or undefined (one that is "

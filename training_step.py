@@ -112,6 +112,7 @@ class TrainingStep:
             enabled=model.device.type != "mps",
         )
         self.ema = AveragedModel(model) if settings.ema else None
+        self._written = [*model.parameters(), *(self.ema.module.parameters() if self.ema else ())]
         self._averages = False  # whether the moving average has begun; the first one is the weights
         self._names: Sequence[str] = ()  # of the values that a step reports
         self._run = self._graphed() if settings.compile and model.device.type == "cuda" else self._take
@@ -131,12 +132,10 @@ class TrainingStep:
         """
         torch.manual_seed(noise_seed)
         values, is_good, *masks = self._run(lr_images, hr_images, tau, lambda_, largest_loss)
-        written = list(self.model.parameters())
         if self.ema:
             self.ema.n_averaged += 1
             self._averages = True
-            written += self.ema.module.parameters()
-        torch.autograd.graph.increment_version(written)  # fused optimizers and graphs do not tell that they write
+        torch.autograd.graph.increment_version(self._written)  # fused optimizers and graphs do not tell that they write
         return StepResult(self._names, values, is_good, masks)
 
     def set_learning_rate(self, lr: float) -> None:
@@ -160,9 +159,8 @@ class TrainingStep:
             logger.info(f"the training step runs without a CUDA graph: {reason}")
             return self._take
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-        for (
-            group
-        ) in self.optimizer.param_groups:  # a graph reads the learning rate from the device, where it can change
+        # A graph reads the learning rate from the device, where it can change.
+        for group in self.optimizer.param_groups:
             group["lr"] = torch.full((), group["lr"], device=self.model.device)
             if "capturable" in group:
                 group["capturable"] = True

@@ -83,9 +83,6 @@ class DeferredCost:
     def __add__(self, other: Cost) -> Cost:
         return self.resolve() + other
 
-    def without_masks(self) -> Cost:
-        return self.resolve().without_masks()
-
 
 Predict = Callable[[torch.Tensor], tuple[torch.Tensor, Cost]]  # LR images -> SR images and their cost
 

@@ -271,7 +271,8 @@ class SMSR(Network):
     @property
     def peak_maps(self) -> int:
         """Feature maps that inference holds in memory at its peak."""
-        return self._current_engine().peak_maps
+        engine = self._engine or self._current_engine()  # whether weights have changed is checked by `inference`
+        return engine.peak_maps
 
     def _current_engine(self) -> engines.Engine:
         if self._planned is None or not self._planned.matches():

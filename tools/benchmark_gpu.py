@@ -21,7 +21,6 @@ import argparse
 import copy
 import functools
 import itertools
-import math
 import platform
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from option import positive_int
 from tools import benchmark_train
 from tools.baselines import Unmasked, with_density
 from tools.benchmark_inference import mirrored_photograph
-from tools.benchmark_train import build_step
+from tools.benchmark_train import build_step, fixed_schedule
 from tools.timing import peak_mib, timed
 from training_step import StepSettings, TrainingStep
 from utility import InputError, be_deterministic, write_json
@@ -150,11 +149,11 @@ def build_small_step(device: torch.device, settings: StepSettings) -> TrainingSt
 def take_steps(step: TrainingStep, first: int, last: int) -> dict[str, object]:
     """Take the steps `first` to `last` - 1 of a training and return its state."""
     device = step.model.device
-    numbers = {"tau": 0.7, "lambda_": 0.1, "largest_loss": math.inf}
+    schedule = fixed_schedule(device)
     for index in range(first, last):
         lr = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(index)).to(device) * 255
         hr = lr.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        step(lr, hr, noise_seed=index, **{name: torch.tensor(value, device=device) for name, value in numbers.items()})
+        step(lr, hr, noise_seed=index, **schedule)
     return copy.deepcopy(step.state())
 
 
@@ -175,15 +174,7 @@ def measure_training(device: torch.device) -> dict[str, dict]:
 
 def with_dense_channels(model: SMSR, split: tuple[int, ...]) -> SMSR:
     """A copy of the network with the first channels of each layer dense, as many as `split` gives; (): unchanged."""
-    changed = SMSR(
-        scale=model.scale,
-        n_feats=model.n_feats,
-        n_blocks=len(model.blocks),
-        n_layers=len(model.blocks[0].convs),
-        n_colors=model.n_colors,
-        rgb_range=model.rgb_range.item(),
-    ).eval()
-    changed.load_state_dict(model.state_dict())
+    changed = copy.deepcopy(model)
     for block, (layer, count) in itertools.product(changed.blocks, enumerate(split)):
         block.channel_logits.data[0, :, layer, 0] = torch.arange(model.n_feats) < count
         block.channel_logits.data[0, :, layer, 1] = 0.5

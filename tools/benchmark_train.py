@@ -128,12 +128,16 @@ def build_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Cal
         plain = PlainTraining(copy.deepcopy(model).to(device))
         steps["baseline"] = functools.partial(plain.step, lr, hr, tau=TAU, lambda_=LAMBDA)
     lr, hr = (images.contiguous(memory_format=torch.channels_last) for images in (lr, hr))
-    numbers = {"tau": TAU, "lambda_": LAMBDA, "largest_loss": math.inf}
-    schedule = {name: torch.tensor(value, device=device) for name, value in numbers.items()}
     for name, settings in step_kinds(args).items():
         step = build_step(copy.deepcopy(model).to(device, memory_format=torch.channels_last), settings)
-        steps[name] = functools.partial(step, lr, hr, **schedule, noise_seed=0)
+        steps[name] = functools.partial(step, lr, hr, **fixed_schedule(device), noise_seed=0)
     return steps
+
+
+def fixed_schedule(device: torch.device) -> dict[str, torch.Tensor]:
+    """The numbers that a step takes from the schedules, of some epoch."""
+    numbers = {"tau": TAU, "lambda_": LAMBDA, "largest_loss": math.inf}
+    return {name: torch.tensor(value, device=device) for name, value in numbers.items()}
 
 
 def build_step(model: SMSR, settings: StepSettings) -> TrainingStep:

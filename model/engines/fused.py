@@ -204,7 +204,7 @@ class FusedPlan:
 class FusedEngine:
     """Runs a network by its FusedPlan, in CUDA graphs; what that does not support runs by the plain plan.
 
-    The images and the mode are those of sparse.Plan. Nothing waits for the device before the cost is read.
+    Takes the same images and modes as sparse.Plan. Nothing waits for the device before the cost is read.
     """
 
     def __init__(self, plan: Plan):

@@ -304,7 +304,7 @@ class NativePlan:
 class NativeEngine:
     """Runs a network by its NativePlan; what that does not support runs by the plain plan.
 
-    The images and the mode are those of sparse.Plan. Raises BuildError as NativePlan does.
+    Takes the same images and modes as sparse.Plan. Raises BuildError as NativePlan does.
     """
 
     peak_maps = Plan.peak_maps
