@@ -114,7 +114,7 @@ struct Segment {
 };
 
 struct Scratch {  // of a thread
-  static constexpr int V_STEP = ROWS * C + 16, M_STEP = ROWS * (C + R) + 16;  // not a power of two, for the cache
+  static constexpr int V_STEP = ROWS * C + 16, M_STEP = ROWS * COLUMNS * VL + 16;  // not a power of two, for the cache
   alignas(64) float v[16 * V_STEP];
   alignas(64) float m[16 * M_STEP];
 };
@@ -184,15 +184,25 @@ void clear_border(float* map, int64_t rows, int64_t pitch, int channels) {
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
+// Columns of one of several matrices (K, n), which are stored as (n / LINE, matrices, K, LINE)
+struct Columns {
+  const float* first;
+  int64_t step;  // floats to the next LINE columns
+};
+inline Columns columns_of(const float* matrices, int count, int K, int index, int column) {
+  return {matrices + (column / LINE * count + index) * K * LINE, int64_t(count) * K * LINE};
+}
+
 // acc += A B for M rows of A, row(i) is the i-th, and N vectors of the columns of B (K, .)
 template <int M, int N, class Row>
-inline __attribute__((always_inline)) void multiply(vec (&acc)[M][N], Row row, const float* b, int64_t b_step, int K) {
-  for (int k = 0; k < K; k++, b += b_step) {
+inline __attribute__((always_inline)) void multiply(vec (&acc)[M][N], Row row, Columns b, int K) {
+  for (int k = 0; k < K; k++) {
     vec w[N];
 #pragma GCC unroll 4
     for (int j = 0; j < N; j++) {
-      w[j] = load(b + j * VL);
-      if (j * VL % LINE == 0) prefetch(b + AHEAD * b_step + j * VL);
+      const float* p = b.first + j * VL / LINE * b.step + k * LINE + j * VL % LINE;
+      w[j] = load(p);
+      if (j * VL % LINE == 0) prefetch(p + AHEAD * LINE);
     }
 #pragma GCC unroll 12
     for (int i = 0; i < M; i++)
@@ -207,7 +217,7 @@ template <int N> struct Width { static constexpr int value = N; };
 template <class F>
 inline void for_columns(int n, F f) {
   for (int j = 0, left = n / VL; left > 0;) {
-    const int take = left == COLUMNS + 1 && COLUMNS > 2 ? 3 : std::min(left, COLUMNS);
+    const int take = left == COLUMNS + 1 && VL == LINE ? 3 : std::min(left, COLUMNS);
     if (take == 1) f(Width<1>(), j);
     if (take == 2) f(Width<2>(), j);
     if constexpr (COLUMNS > 2) {
@@ -218,15 +228,13 @@ inline void for_columns(int n, F f) {
   }
 }
 
-// c (ROWS, n) = a (ROWS, C) b (C, n); a function of its own, so that its inner loop has all registers
-__attribute__((noinline)) void product(const float* a, const float* b, int n, float* c) {
-  for_columns(n, [&](auto width, int j) {
-    constexpr int N = width.value;
-    vec acc[ROWS][N] = {};
-    multiply(acc, [&](int i) { return a + i * C; }, b + j, n, C);
-    for (int i = 0; i < ROWS; i++)
-      for (int k = 0; k < N; k++) store(c + i * n + j + k * VL, acc[i][k]);
-  });
+// c (ROWS, N vectors) = a (ROWS, C) b (C, .); a function of its own, so that its inner loop has all registers
+template <int N>
+__attribute__((noinline)) void product(const float* a, Columns b, float* c) {
+  vec acc[ROWS][N] = {};
+  multiply(acc, [&](int i) { return a + i * C; }, b, C);
+  for (int i = 0; i < ROWS; i++)
+    for (int k = 0; k < N; k++) store(c + (i * N + k) * VL, acc[i][k]);
 }
 
 // ---- Winograd's convolution on 2x2 blocks --------------------------------------------------------------------------
@@ -283,23 +291,27 @@ void convolve(const Source& in, const Block* blocks, int count, const float* w, 
   for (int first = 0; first < count; first += ROWS) {
     const int end = std::min(first + ROWS, count);
     for (int t = 0; t < ROWS; t++) transform_block(in, blocks[std::min(first + t, count - 1)], s.v + t * C);
-    for (int i = 0; i < 16; i++) {
-      for (int t = end; t < std::min(end + ROWS, count); t++) prefetch_pixel(in, blocks[t], i);
-      product(s.v + i * Scratch::V_STEP, w + i * C * n, n, s.m + i * Scratch::M_STEP);
-    }
-    for (int t = first; t < end; t++)
-      for (int g = 0; g < n / VL; g++) {
-        const float* m = s.m + (t - first) * n + g * VL;
-        vec a[4], b[4];
-#pragma GCC unroll 4
-        for (int x = 0; x < 4; x++) {
-          const vec m0 = load(m + x * Scratch::M_STEP), m1 = load(m + (4 + x) * Scratch::M_STEP);
-          const vec m2 = load(m + (8 + x) * Scratch::M_STEP), m3 = load(m + (12 + x) * Scratch::M_STEP);
-          a[x] = m0 + m1 + m2, b[x] = m1 - m2 - m3;
-        }
-        const vec y[4] = {a[0] + a[1] + a[2], a[1] - a[2] - a[3], b[0] + b[1] + b[2], b[1] - b[2] - b[3]};
-        out(t, g, y);
+    for_columns(n, [&](auto width, int column) {
+      constexpr int N = width.value;
+      for (int i = 0; i < 16; i++) {
+        if (column == 0)
+          for (int t = end; t < std::min(end + ROWS, count); t++) prefetch_pixel(in, blocks[t], i);
+        product<N>(s.v + i * Scratch::V_STEP, columns_of(w, 16, C, i, column), s.m + i * Scratch::M_STEP);
       }
+      for (int t = first; t < end; t++)
+        for (int g = 0; g < N; g++) {
+          const float* m = s.m + ((t - first) * N + g) * VL;
+          vec a[4], b[4];
+#pragma GCC unroll 4
+          for (int x = 0; x < 4; x++) {
+            const vec m0 = load(m + x * Scratch::M_STEP), m1 = load(m + (4 + x) * Scratch::M_STEP);
+            const vec m2 = load(m + (8 + x) * Scratch::M_STEP), m3 = load(m + (12 + x) * Scratch::M_STEP);
+            a[x] = m0 + m1 + m2, b[x] = m1 - m2 - m3;
+          }
+          const vec y[4] = {a[0] + a[1] + a[2], a[1] - a[2] - a[3], b[0] + b[1] + b[2], b[1] - b[2] - b[3]};
+          out(t, column / VL + g, y);
+        }
+    });
   }
 }
 
@@ -375,7 +387,7 @@ struct Image {
             for (int k = 0; k < N; k++) row[k] = load(net.first_bias + j + k * VL);
           for (int64_t line = 0; line < 3 * net.n_colors; line++) {
             const float* a = s.planes + (line / 3 * (H + 2) + y + line % 3) * pitch + x;
-            multiply(acc, [&](int i) { return a + i; }, net.first + 3 * line * C + j, C, 3);
+            multiply(acc, [&](int i) { return a + i; }, columns_of(net.first, 3 * net.n_colors, 3, line, j), 3);
           }
           for (int i = 0; i < std::min<int64_t>(ROWS, W - x); i++)
             for (int k = 0; k < N; k++) store(map + at(y, x + i) * C + j + k * VL, relu(acc[i][k]));
@@ -417,7 +429,7 @@ struct Image {
       vec acc[ROWS][N];
       for (int i = 0; i < ROWS; i++)
         for (int k = 0; k < N; k++) acc[i][k] = load((index ? s.total + rows[i] : net.reduce_bias) + j + k * VL);
-      multiply(acc, [&](int i) { return s.features + rows[i]; }, net.modules[index].reduce + j, C, C);
+      multiply(acc, [&](int i) { return s.features + rows[i]; }, columns_of(net.modules[index].reduce, 1, C, 0, j), C);
       for (int i = 0; i < count; i++)
         for (int k = 0; k < N; k++) store(s.total + rows[i] + j + k * VL, is_last ? relu(acc[i][k]) : acc[i][k]);
     });
@@ -451,7 +463,7 @@ struct Image {
           }
         }
       });
-      w += 16 * C * wide(n);
+      w += 16 * C * C;
     }
   }
 };
@@ -524,7 +536,7 @@ struct ModuleStrip : Image {
             for (int k = 0; k < N; k++) line[k] = load(m.mid_bias + j + k * VL);
           for (int tap = 0; tap < 9; tap++) {
             const float* a = above + (tap / 3 * half_pitch + x + tap % 3) * R;
-            multiply(acc, [&](int i) { return a + i * R; }, m.mid + tap * R * R + j, R, R);
+            multiply(acc, [&](int i) { return a + i * R; }, columns_of(m.mid, 9, R, tap, j), R);
           }
           for (int i = 0; i < ROWS; i++)
             for (int k = 0; k < N; k++) store(hidden + i * R + j + k * VL, relu(acc[i][k]));
@@ -532,7 +544,7 @@ struct ModuleStrip : Image {
         for_columns(TAPS, [&](auto width, int j) {
           constexpr int N = width.value;
           vec acc[ROWS][N] = {};
-          multiply(acc, [&](int i) { return hidden + i * R; }, m.up + j, TAPS, R);
+          multiply(acc, [&](int i) { return hidden + i * R; }, columns_of(m.up, 1, R, 0, j), R);
           for (int i = 0; i < std::min<int64_t>(ROWS, half_width - x); i++)
             for (int k = 0; k < N; k++) store(taps + (x + i) * TAPS + j + k * VL, acc[i][k]);
         });
@@ -625,7 +637,7 @@ struct ModuleStrip : Image {
         vec acc[M][N] = {};
         for (int tap = 0; tap < taps; tap++) {
           const float* a = in.map + (segment.pixel + first + (tap / 3 - 1) * pitch + tap % 3 - 1) * C;
-          multiply(acc, [&](int i) { return a + i * C; }, layer.thin + tap * layer.n_in * n + j, n, layer.n_in);
+          multiply(acc, [&](int i) { return a + i * C; }, columns_of(layer.thin, 9, layer.n_in, tap, j), layer.n_in);
         }
         for (int i = 0; i < M; i++)
           if (segment.bits >> (first + i) & 1)
@@ -649,7 +661,7 @@ struct ModuleStrip : Image {
           const float* rows[ROWS];
           for (int i = 0; i < ROWS; i++) rows[i] = map(l) + pixels[first + i] * C;
           const Layer& layer = m.layers[l];
-          multiply(acc, [&](int i) { return rows[i]; }, layer.collect + j, C, all ? C : layer.n_out);
+          multiply(acc, [&](int i) { return rows[i]; }, columns_of(layer.collect, 1, C, 0, j), all ? C : layer.n_out);
         }
         vec sum[N] = {};
         for (int i = 0; i < std::min(ROWS, count - first); i++)

@@ -27,6 +27,7 @@ SMALLEST_STRIP = 180  # side of a strip whose maps are small enough not to matte
 STRIPS = 3  # strips of a larger image: fewer need more memory than the plain engine, more compute more rows twice
 WINOGRAD = 4  # products per output, input and output channel that F(2x2, 3x3) needs instead of 9
 CACHE_LINE = 64
+PANEL = CACHE_LINE // 4  # columns of a matrix that are stored together
 
 # ---- the structures of native.cpp, field by field --------------------------------------------------------------------
 
@@ -90,6 +91,13 @@ def to_winograd(weight: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ay,oiyx,bx->abio", g, weight.detach().double(), g).flatten(0, 1)
 
 
+def to_panels(matrices: torch.Tensor) -> torch.Tensor:
+    """Matrices (M, K, N) -> (N / PANEL, M, K, PANEL), in the order in which they are read; N is padded."""
+    panels = -(-matrices.shape[2] // PANEL)
+    padded = pad_to(matrices, panels * PANEL)
+    return padded.unflatten(2, (panels, PANEL)).permute(2, 0, 1, 3)
+
+
 def branch_size(plan: Plan) -> int:
     """The number of channels of the mask branches, padded."""
     return round_up(max(block.spatial_mask.full.out_channels for block in plan.model.blocks), CHANNELS)
@@ -101,6 +109,11 @@ def find_pool() -> int:
         return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, Pointer).value
     except (AttributeError, OSError):
         raise BuildError("this build of PyTorch has no OpenMP threads") from None
+
+
+def _check_shape(tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise BuildError(f"cannot run weights of the shape {tuple(tensor.shape)} instead of {shape}")
 
 
 class NativeWeights:
@@ -118,11 +131,16 @@ class NativeWeights:
 
     def _pack(self, tensor: torch.Tensor, *shape: int) -> int:
         """The address of a float32 copy that lives as long as these weights. Raises BuildError for another shape."""
-        if tuple(tensor.shape) != shape:
-            raise BuildError(f"cannot run weights of the shape {tuple(tensor.shape)} instead of {shape}")
+        _check_shape(tensor, shape)
         copy = tensor.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         self.kept.append(copy)
         return copy.data_ptr()
+
+    def _pack_matrices(self, tensor: torch.Tensor, *shape: int) -> int:
+        """Matrices (M, K, N) or one (K, N) of this shape, as panels."""
+        _check_shape(tensor, shape)
+        panels = to_panels(tensor.detach().reshape(math.prod(shape[:-2]), *shape[-2:]))
+        return self._pack(panels, *panels.shape)
 
     def _pack_array(self, kind: type[ctypes.Structure], items: list[ctypes.Structure]) -> ctypes.Array:
         self.kept.append((kind * len(items))(*items))
@@ -132,19 +150,19 @@ class NativeWeights:
         return round_up(n, self.vector)
 
     def _pack_net(self, plan: Plan, masked: bool) -> Net:
-        model, pack, c = plan.model, self._pack, self.n_feats
+        model, pack, matrices, c = plan.model, self._pack, self._pack_matrices, self.n_feats
         if len({len(block.layers) for block in plan.blocks}) != 1:
             raise BuildError("cannot run modules with different numbers of layers")
         first, _, second = model.head
         reduce = model.collect.reduce.weight[:, :, 0, 0].T.chunk(len(plan.blocks))  # K of (C, C), inputs first
         modules = [self._pack_module(block, part, masked) for block, part in zip(plan.blocks, reduce, strict=True)]
         net = Net(
-            first=pack(first.weight.permute(1, 2, 3, 0), model.n_colors, 3, 3, c),
+            first=matrices(first.weight.permute(1, 2, 3, 0), model.n_colors, 3, 3, c),
             first_bias=pack(first.bias, c),
-            head=pack(to_winograd(second.weight), 16, c, c),
+            head=matrices(to_winograd(second.weight), 16, c, c),
             head_bias=pack(second.bias, c),
             reduce_bias=pack(model.collect.reduce.bias, c),
-            fuse=pack(to_winograd(model.collect.fuse.weight), 16, c, c),
+            fuse=matrices(to_winograd(model.collect.fuse.weight), 16, c, c),
             fuse_bias=pack(model.collect.fuse.bias, c),
             n_modules=len(modules),
             n_layers=len(plan.blocks[0].layers),
@@ -157,9 +175,8 @@ class NativeWeights:
 
     def _pack_tail(self, net: Net, conv: nn.Conv2d) -> None:
         outputs = net.n_colors * net.scale**2
-        parts = conv.weight.split(self.n_feats)
-        parts = [pad_to(to_winograd(part), self._wide(len(part))).flatten() for part in parts]
-        net.tail = self._pack(torch.cat(parts), 16 * self.n_feats * self._wide(outputs))
+        parts = [to_panels(to_winograd(part)).flatten() for part in conv.weight.split(self.n_feats)]
+        net.tail = self._pack(torch.cat(parts), 16 * self.n_feats * round_up(outputs, PANEL))
         net.tail_bias = self._pack(pad_to(conv.bias, self._wide(outputs)), self._wide(outputs))
 
     def _pack_module(self, plan: BlockPlan, reduce: torch.Tensor, masked: bool) -> Module:
@@ -174,7 +191,7 @@ class NativeWeights:
             squeeze_bias=pack(squeeze.bias, hidden),
             excite=pack(excite.weight[..., 0, 0], c, hidden),
             excite_bias=pack(excite.bias, c),
-            reduce=pack(reduce, c, c),
+            reduce=self._pack_matrices(reduce, c, c),
             hidden=hidden,
             layers=self._pack_array(Layer, layers),
         )
@@ -184,25 +201,24 @@ class NativeWeights:
 
     def _pack_mask_branch(self, module: Module, branch: nn.Module, dense: torch.Tensor) -> None:
         """dense: the weights (C', C, 3, 3) of the first layer that are multiplied together with the mask branch."""
-        pack, r = self._pack, self.branch
+        pack, matrices, r = self._pack, self._pack_matrices, self.branch
         first = torch.cat([pad_to(to_winograd(branch.full.weight), r), to_winograd(dense)], 2)
         # A pixel is important if its second logit is larger, so the difference of both is enough.
         logits, bias = branch.logits.weight.detach(), branch.logits.bias.detach()  # (R, 2, 3, 3), (2,)
-        module.first = pack(first, 16, self.n_feats, r + len(dense))
+        module.first = matrices(first, 16, self.n_feats, r + len(dense))
         module.first_bias = pack(pad_to(branch.full.bias, r), r)
-        module.mid = pack(pad_to(to_taps(branch.pooled.weight), r, r), 9, r, r)
+        module.mid = matrices(pad_to(to_taps(branch.pooled.weight), r, r), 9, r, r)
         module.mid_bias = pack(pad_to(branch.pooled.bias, r), r)
-        module.up = pack(pad_to((logits[:, 1] - logits[:, 0]).flatten(1), r, TAPS), r, TAPS)
+        module.up = matrices(pad_to((logits[:, 1] - logits[:, 0]).flatten(1), r, TAPS), r, TAPS)
         module.up_bias = pack(bias[1:] - bias[:1], 1)
 
     def _pack_layer(self, plan: LayerPlan, skip: int, masked: bool) -> Layer:
-        c = self.n_feats
+        matrices, c = self._pack_matrices, self.n_feats
         n_in, n_out = (plan.n_in, plan.n_out) if masked else (c, 0)
-        thin = pad_to(to_taps(plan.weight[:n_out, :n_in]), self._wide(n_out))
         return Layer(
-            full=self._pack(to_winograd(plan.weight[skip:]), 16, c, c - skip),
-            thin=self._pack(thin, 9, n_in, self._wide(n_out)),
-            collect=self._pack(plan.collect_weight.T, c, c),
+            full=matrices(to_winograd(plan.weight[skip:]), 16, c, c - skip),
+            thin=matrices(to_taps(plan.weight[:n_out, :n_in]), 9, n_in, n_out),
+            collect=matrices(plan.collect_weight.T, c, c),
             n_in=n_in,
             n_out=n_out,
         )
