@@ -61,6 +61,9 @@ inline vec load(const float* p) {
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 inline vec relu(vec v) { return v > 0 ? v : vec{}; }
 inline void prefetch(const float* p) { __builtin_prefetch(p); }
+inline void prefetch(const float* pixel, int channels) {
+  for (int c = 0; c < channels; c += LINE) prefetch(pixel + c);
+}
 inline int wide(int64_t n) { return (n + VL - 1) / VL * VL; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -184,6 +187,13 @@ void clear_border(float* map, int64_t rows, int64_t pitch, int channels) {
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
+// Set each row to `values`
+template <int M, int N>
+inline void fill(vec (&acc)[M][N], const float* values) {
+  for (auto& row : acc)
+    for (int k = 0; k < N; k++) row[k] = load(values + k * VL);
+}
+
 // Columns of one of several matrices (K, n), which are stored as (n / LINE, matrices, K, LINE)
 struct Columns {
   const float* first;
@@ -280,9 +290,8 @@ inline void transform_block(const Source& in, const Block& block, float* v) {
 
 // Load the pixels that the next block needs, of the 4x4 the i-th
 inline void prefetch_pixel(const Source& in, const Block& block, int i) {
-  const float* p = in.map + (block.pixel + (i / 4 - 1) * in.pitch + i % 4 - 1) * C;
-  const int channels = block.bits >> i & 1 ? C : in.groups * VL;
-  for (int c = 0; c < channels; c += LINE) prefetch(p + c);
+  const float* pixel = in.map + (block.pixel + (i / 4 - 1) * in.pitch + i % 4 - 1) * C;
+  prefetch(pixel, block.bits >> i & 1 ? C : in.groups * VL);
 }
 
 // out(t, g, y): y[4] are the outputs of block t in the vector g of n channels; w: 16 x (C, n)
@@ -383,8 +392,7 @@ struct Image {
         for_columns(C, [&](auto width, int j) {
           constexpr int N = width.value;
           vec acc[ROWS][N];
-          for (auto& row : acc)
-            for (int k = 0; k < N; k++) row[k] = load(net.first_bias + j + k * VL);
+          fill(acc, net.first_bias + j);
           for (int64_t line = 0; line < 3 * net.n_colors; line++) {
             const float* a = s.planes + (line / 3 * (H + 2) + y + line % 3) * pitch + x;
             multiply(acc, [&](int i) { return a + i; }, columns_of(net.first, 3 * net.n_colors, 3, line, j), 3);
@@ -532,8 +540,7 @@ struct ModuleStrip : Image {
         for_columns(R, [&](auto width, int j) {
           constexpr int N = width.value;
           vec acc[ROWS][N];
-          for (auto& line : acc)
-            for (int k = 0; k < N; k++) line[k] = load(m.mid_bias + j + k * VL);
+          fill(acc, m.mid_bias + j);
           for (int tap = 0; tap < 9; tap++) {
             const float* a = above + (tap / 3 * half_pitch + x + tap % 3) * R;
             multiply(acc, [&](int i) { return a + i * R; }, columns_of(m.mid, 9, R, tap, j), R);
@@ -627,8 +634,9 @@ struct ModuleStrip : Image {
     });
   }
 
-  // The dense channels of the unimportant pixels of a segment
-  void run_segment(int64_t l, const Source& in, const Segment& segment) const {
+  // The dense channels of the unimportant pixels of a segment; also loads the row that `next` reads for the first time
+  void run_segment(int64_t l, const Source& in, const Segment& segment, const Segment& next) const {
+    for (int k = -1; k <= SEGMENT; k++) prefetch(in.map + (next.pixel + in.pitch + k) * C, in.groups * VL);
     const Layer& layer = m.layers[l];
     const int n = wide(layer.n_out), taps = layer.n_in ? 9 : 0;
     for_columns(n, [&](auto width, int j) {
@@ -655,13 +663,15 @@ struct ModuleStrip : Image {
       for_columns(C, [&](auto width, int j) {
         constexpr int N = width.value;
         vec acc[ROWS][N];
-        for (auto& row : acc)
-          for (int k = 0; k < N; k++) row[k] = load(m.collect_bias + j + k * VL);
+        fill(acc, m.collect_bias + j);
         for (int64_t l = 0; l < net.n_layers; l++) {
+          const Layer& layer = m.layers[l];
+          const int channels = all ? C : layer.n_out;
+          if (j == 0 && first + ROWS < count)
+            for (int i = 0; i < ROWS; i++) prefetch(map(l) + pixels[first + ROWS + i] * C, channels);
           const float* rows[ROWS];
           for (int i = 0; i < ROWS; i++) rows[i] = map(l) + pixels[first + i] * C;
-          const Layer& layer = m.layers[l];
-          multiply(acc, [&](int i) { return rows[i]; }, columns_of(layer.collect, 1, C, 0, j), all ? C : layer.n_out);
+          multiply(acc, [&](int i) { return rows[i]; }, columns_of(layer.collect, 1, C, 0, j), channels);
         }
         vec sum[N] = {};
         for (int i = 0; i < std::min(ROWS, count - first); i++)
@@ -712,7 +722,8 @@ struct ModuleStrip : Image {
         const int64_t first = (task - block_tasks) * SEGMENT_TASK;
         const int count = std::min<int64_t>(SEGMENT_TASK, n_segments - first);
         if (has_thin)
-          for (int i = 0; i < count; i++) run_segment(l, in, segments[first + i]);
+          for (int i = 0; i < count; i++)
+            run_segment(l, in, segments[first + i], segments[first + std::min(i + 1, count - 1)]);
         if (is_last) collect_segments(segments + first, count, s.sums + task * C);
       }
     });
