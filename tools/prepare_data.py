@@ -35,7 +35,7 @@ from data.imageset import lr_names
 from data.resize import crop_to_multiple, downscale
 from option import RESERVED_SET_NAMES, Parser, plain_name, positive_int
 from picture import skipped_files
-from tools import check_data, unpack_div2k
+from tools import check_data, download, unpack
 from utility import InputError, in_parallel, run_program
 
 OUT_HELP = "folder to write to; pass it to main.py as --dir_data"
@@ -66,7 +66,8 @@ class TargetSet:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,benchmark,div2k,check}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{download,train,benchmark,div2k,check}")
+    download.add_arguments(commands.add_parser("download", help="download a published set and unpack it"))
     train = commands.add_parser("train", help="make a training set")
     _add_set_arguments(train)
     train.add_argument("--min_size", type=positive_int, default=1, help="skip images with a side below this (pixels)")
@@ -74,7 +75,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_set_arguments(benchmark)
     benchmark.set_defaults(min_size=1)
     div2k = commands.add_parser("div2k", help="unpack DIV2K")
-    div2k.set_defaults(run=unpack_div2k.run)
+    div2k.set_defaults(run=unpack.run)
     div2k.add_argument("--archive_dir", type=Path, required=True, help="folder with the archives or unpacked folders")
     div2k.add_argument("--out", type=Path, required=True, help=OUT_HELP)
     check = commands.add_parser("check", help="look for problems in a set")

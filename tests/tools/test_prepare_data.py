@@ -220,10 +220,15 @@ def test_archives_and_folders_of_div2k_are_combined(published, tmp_path, capsys)
     assert "DIV2K_train_HR: 1 of 800 images" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "out/DIV2K"), "--scale", "2"]) == 0
     hr, lr = images.pairs["0001"]
-    hr.write_bytes(hr.read_bytes()[:100])  # truncated
-    kept = lr.stat().st_mtime_ns
+    whole, kept = hr.read_bytes(), lr.stat().st_mtime_ns
+    for other in (whole[:100], whole[:-1] + b"?"):
+        hr.write_bytes(other)
+        with pytest.raises(InputError, match=r"0001\.png: already exists and differs from .*DIV2K_train_HR\.zip"):
+            main(line)
+        assert hr.read_bytes() == other
+    hr.unlink()
     main(line)
-    assert iio.imread(hr).shape == (40, 48, 3)
+    assert hr.read_bytes() == whole
     assert lr.stat().st_mtime_ns == kept
 
 
