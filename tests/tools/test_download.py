@@ -35,6 +35,9 @@ class Server(ThreadingHTTPServer):
         self.asked = []  # (name, first byte) of each request
         self.url = f"http://127.0.0.1:{self.server_port}/sets"
 
+    def handle_error(self, *_):
+        """A client that hangs up is no news."""
+
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
