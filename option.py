@@ -212,8 +212,8 @@ def _add_data_options(group):
         "--data_range",
         type=ranges,
         metavar="A-B/C-D",
-        help="images to train on and to test on, counted from 1, except in benchmark sets "
-        "(DIV2K: 1-800/801-810, other sets: all)",
+        help="images to train on and to test on, by their numbers if all names are numbers, else counted from 1; "
+        "benchmark sets are always complete (DIV2K: 1-800/801-810, other sets: all)",
     )
     group.add_argument(
         "--ext",

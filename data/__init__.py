@@ -16,10 +16,11 @@ from data import demo, div2k, imageset
 from data.device import DeviceLoader, build_device_loader
 from data.imageset import ImageSet
 from data.srdata import EpochSampler, Patches, PatchLoader, PatchSettings, WholeImages
-from utility import InputError
+from utility import InputError, logger
 
 TRAIN, TEST = 0, 1  # indices into DataSettings.data_range and DIV2K_RANGES
-DIV2K_RANGES = ((1, 800), (801, 810))  # training and validation images as in EDSR, by the number in the file name
+DIV2K_RANGES = ((1, 800), (801, 810))  # training and validation images as in EDSR
+BENCHMARK_SETS = ("Set5", "Set14", "B100", "Urban100")  # in the archive of the EDSR authors
 HAS_SIGTIMEDWAIT = hasattr(signal, "sigtimedwait")  # lets a process ask who sent a signal; not on macOS and Windows
 
 
@@ -47,18 +48,34 @@ def find_set(name: str, dir_data: str | Path, scale: int, dir_demo: str | Path =
     for root, benchmark in ((dir_data / "benchmark" / name, True), (dir_data / name, False)):
         if name and (root / "HR").is_dir():
             return imageset.find(root, name, scale, benchmark)
+    remedy = _how_to_download(name, dir_data, scale)
     if not dir_data.is_dir():
-        raise InputError(f"no such folder {str(dir_data)!r}; give the folder that holds the sets", argument="dir_data")
+        remedy = remedy or "give the folder that holds the sets"
+        raise InputError(f"no such folder {str(dir_data)!r}; {remedy}", argument="dir_data")
     folders = itertools.chain(dir_data.glob("*/HR"), dir_data.glob("benchmark/*/HR"))
     available = ", ".join(sorted({folder.parent.name for folder in folders})) or "none"
-    raise InputError(f"{dir_data}: contains no set {name!r}; available sets: {available}")
+    raise InputError(f"{dir_data}: contains no set {name!r}; " + (remedy or f"available sets: {available}"))
+
+
+def _how_to_download(name, dir_data, scale):
+    """What to do if a published set is missing; "" for other sets."""
+    if name == "DIV2K":
+        return div2k.how_to_download(dir_data, scale)
+    if name in BENCHMARK_SETS:
+        return "download it with: " + imageset.prepare_command("download", "benchmark", "--out", dir_data)
+    return ""
 
 
 def take_range(images: ImageSet, span: Sequence[int]) -> ImageSet:
-    """The images `first` to `last` of a set, span = (first, last), counted from 1 and including both ends.
+    """The images `first` to `last` of a set, span = (first, last), including both ends.
 
-    Raises InputError if the set holds fewer images.
+    If all names are numbers, as in DIV2K, they are the numbers of the images, and a warning tells if images are
+    missing. Otherwise the images are counted from 1, in the order of their names.
+
+    Raises InputError if the set ends before `last`, or if it holds none of the numbers.
     """
+    if images.pairs and all(name.isdecimal() for name in images.pairs):
+        return _take_numbers(images, span)
     first, last = span
     if last > len(images.pairs):
         raise InputError(
@@ -67,6 +84,25 @@ def take_range(images: ImageSet, span: Sequence[int]) -> ImageSet:
             argument="data_range",
         )
     return dataclasses.replace(images, pairs=dict(itertools.islice(images.pairs.items(), first - 1, last)))
+
+
+def _take_numbers(images, span):
+    """`take_range` by the numbers that the images have as names."""
+    first, last = span
+    pairs = {name: pair for name, pair in images.pairs.items() if first <= int(name) <= last}
+    if not pairs:
+        numbers = [int(name) for name in images.pairs]
+        raise InputError(
+            f"range {first}-{last} holds no image: those of {images.name} ({images.root}) have the numbers "
+            f"{min(numbers)} to {max(numbers)}; choose another range",
+            argument="data_range",
+        )
+    if len(pairs) < last - first + 1:
+        logger.warning(
+            f"{images.name}: the range {first}-{last} asks for {last - first + 1} images, "
+            f"but {images.root} holds only {len(pairs)} of them"
+        )
+    return dataclasses.replace(images, pairs=pairs)
 
 
 def build_train_loader(
@@ -124,9 +160,7 @@ def _select(images, data_range, part):
     if data_range is not None:
         return take_range(images, data_range[part])
     if images.name == "DIV2K":
-        first, last = DIV2K_RANGES[part]
-        pairs = {name: pair for name, pair in images.pairs.items() if name.isdigit() and first <= int(name) <= last}
-        return dataclasses.replace(images, pairs=pairs)
+        return take_range(images, DIV2K_RANGES[part])
     return images
 
 

@@ -19,8 +19,14 @@ def find(root: Path, scale: int) -> ImageSet:
         hr_folder = root / f"DIV2K_{part}_HR"
         if hr_folder.is_dir():
             lr_folder = root / f"DIV2K_{part}_LR_bicubic" / f"X{scale}"
-            remedy = f"unpack DIV2K_{part}_LR_bicubic_X{scale}.zip in {root}"
+            remedy = how_to_download(root.parent, scale)
             pairs.update(imageset.pair_up(hr_folder, lr_folder, scale, remedy))
     if not pairs:
-        raise InputError(f"{root}: holds neither DIV2K_train_HR nor HR; unpack DIV2K there")
+        raise InputError(f"{root}: holds neither DIV2K_train_HR nor HR; {how_to_download(root.parent, scale)}")
     return ImageSet("DIV2K", root, dict(sorted(pairs.items())))
+
+
+def how_to_download(dir_data: Path, scale: int) -> str:
+    """What to do if DIV2K, or a part of it, is missing in the folder of the sets: a clause for error messages."""
+    command = imageset.prepare_command("download", "DIV2K", "--scales", scale, "--out", dir_data)
+    return f"download DIV2K with: {command}"

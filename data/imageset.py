@@ -27,10 +27,15 @@ class ImageSet:
 def find(root: Path, name: str, scale: int, benchmark: bool) -> ImageSet:
     """Find the pairs of the set in `root`, whose HR images are in <root>/HR. Raises InputError as `pair_up` does."""
     kind, out = ("benchmark", root.parent.parent) if benchmark else ("train", root.parent)
-    options = ["--hr", str(root / "HR"), "--name", name, "--scales", str(scale), "--out", str(out)]
-    remedy = "make them with: " + shlex.join(["python", "tools/prepare_data.py", kind, *options])
+    options = ["--hr", root / "HR", "--name", name, "--scales", scale, "--out", out]
+    remedy = "make them with: " + prepare_command(kind, *options)
     pairs = pair_up(root / "HR", root / "LR_bicubic" / f"X{scale}", scale, remedy)
     return ImageSet(name, root, pairs, benchmark)
+
+
+def prepare_command(*arguments: object) -> str:
+    """The command line of prepare_data.py with these arguments, for error messages."""
+    return shlex.join(["python", "tools/prepare_data.py", *map(str, arguments)])
 
 
 def pair_up(hr_folder: Path, lr_folder: Path, scale: int, remedy: str) -> dict[str, tuple[Path, Path]]:

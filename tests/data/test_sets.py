@@ -38,11 +38,12 @@ def test_div2k_is_found_as_published_and_like_any_other_set(make_set):
     assert list(images.pairs) == ["img0", "img1", "img2", "img3"]
     assert images.pairs["img3"][1].name == "img3x2.png"
     shutil.rmtree(div2k / "DIV2K_train_LR_bicubic")
-    with pytest.raises(InputError, match=r"X2: the LR images .*; unpack DIV2K_train_LR_bicubic_X2\.zip in .*DIV2K$"):
+    advice = r"download DIV2K with: python tools/prepare_data\.py download DIV2K --scales 2 --out .*data$"
+    with pytest.raises(InputError, match=r"X2: the LR images .*; " + advice):
         find_set("DIV2K", root, 2)
     for part in ("train", "valid"):
         shutil.rmtree(div2k / f"DIV2K_{part}_HR")
-    with pytest.raises(InputError, match="DIV2K: holds neither DIV2K_train_HR nor HR; unpack DIV2K there"):
+    with pytest.raises(InputError, match="DIV2K: holds neither DIV2K_train_HR nor HR; " + advice):
         find_set("DIV2K", root, 2)
 
 
@@ -54,18 +55,43 @@ def test_ranges_count_from_one_and_include_both_ends(make_set):
     assert error.value.argument == "data_range"
 
 
-def test_div2k_images_are_selected_by_number_as_in_edsr(make_set):
-    root = make_set("DIV2K", count=4)
-    for old, new in zip(range(4), ("0800", "0801", "0810", "0811"), strict=True):
+def rename(root, names):
+    """Give the images of a set new names."""
+    for index, name in enumerate(names):
         for folder in ("HR", "LR_bicubic/X2"):
-            (root / f"DIV2K/{folder}/img{old}.png").rename(root / f"DIV2K/{folder}/{new}.png")
+            (root / folder / f"img{index}.png").rename(root / folder / f"{name}.png")
+
+
+def test_div2k_images_are_selected_by_number_as_in_edsr(make_set, caplog):
+    root = make_set("DIV2K", count=4)
+    rename(root / "DIV2K", ("0800", "0801", "0810", "0811"))
     settings = DataSettings(root)
     (images,) = build_test_sets(["DIV2K"], settings)
     assert images.names == ["0801", "0810"]
     assert len(build_train_loader(["DIV2K"], settings, SMALL).dataset) == 1
-    settings = dataclasses.replace(settings, data_range=((1, 3), (4, 4)))  # a range takes precedence
-    assert build_test_sets(["DIV2K"], settings)[0].names == ["0811"]
-    assert len(build_train_loader(["DIV2K"], settings, SMALL).dataset) == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        f"DIV2K: the range 801-810 asks for 10 images, but {root}/DIV2K holds only 2 of them",
+        f"DIV2K: the range 1-800 asks for 800 images, but {root}/DIV2K holds only 1 of them",
+    ]
+    caplog.clear()
+    settings = dataclasses.replace(settings, data_range=((810, 811), (801, 801)))  # a range takes precedence
+    assert build_test_sets(["DIV2K"], settings)[0].names == ["0801"]
+    assert len(build_train_loader(["DIV2K"], settings, SMALL).dataset) == 2
+    assert not caplog.records
+
+
+def test_ranges_are_numbers_where_all_names_are_numbers(make_set):
+    root = make_set(count=4)
+    rename(root / "Tiny", ("2", "9", "10", "11"))  # the order of the names is 10, 11, 2, 9
+    images = find_set("Tiny", root, 2)
+    assert set(take_range(images, (9, 10)).pairs) == {"9", "10"}
+    message = r"range 3-8 holds no image: those of Tiny \(.*\) have the numbers 2 to 11; choose another range"
+    with pytest.raises(InputError, match=message) as error:
+        take_range(images, (3, 8))
+    assert error.value.argument == "data_range"
+    for folder in ("HR", "LR_bicubic/X2"):
+        (root / "Tiny" / folder / "9.png").rename(root / "Tiny" / folder / "nine.png")
+    assert list(take_range(find_set("Tiny", root, 2), (1, 2)).pairs) == ["10", "11"]
 
 
 def test_ranges_do_not_apply_to_benchmark_sets(make_set):
@@ -126,7 +152,11 @@ def test_mistakes_in_a_set_are_reported(make_set, tmp_path):
             find_set(name, dir_data, scale)
         assert error.value.argument == argument
 
-    refuse("^.*: contains no set 'Set5'; available sets: Tiny", name="Set5")
+    refuse("^.*: contains no set 'Other'; available sets: Tiny", name="Other")
+    refuse(r"^.*: contains no set 'Set5'; .*prepare_data\.py download benchmark --out .*data$", name="Set5")
+    refuse(r"^.*: contains no set 'DIV2K'; .*prepare_data\.py download DIV2K --scales 3 --out", name="DIV2K", scale=3)
+    absent = tmp_path / "absent"
+    refuse("no such folder .*; download it with: .* benchmark", name="B100", dir_data=absent, argument="dir_data")
     refuse("^.*: contains no set ''", name="")
     refuse("no such folder '.*absent'; give", dir_data=tmp_path / "absent", argument="dir_data")
     refuse(r"prepare_data\.py train --hr .*HR --name Tiny --scales 3 --out", scale=3)

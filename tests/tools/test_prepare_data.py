@@ -4,10 +4,12 @@ import zipfile
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from data import find_set
-from data.resize import downscale
+from data import DataSettings, PatchSettings, build_test_sets, build_train_loader, find_set
+from data.image import read_image
+from data.resize import crop_to_multiple, downscale
 from tools.prepare_data import main
 from utility import InputError
 
@@ -30,8 +32,8 @@ def test_a_prepared_set_is_found_at_every_scale(photos, tmp_path, kind):
         images = find_set("Own", out, scale)
         assert list(images.pairs) == ["a", "b"]
         for hr, lr in images.pairs.values():
-            assert np.array_equal(iio.imread(lr), downscale(iio.imread(hr), scale))
-    assert iio.imread(images.pairs["a"][0]).shape == (24, 36, 3)
+            assert np.array_equal(iio.imread(lr), downscale(crop_to_multiple(iio.imread(hr), scale), scale))
+    assert np.array_equal(iio.imread(images.pairs["a"][0]), iio.imread(photos / "a.png"))
     assert images.benchmark == (kind == "benchmark")
 
 
@@ -78,14 +80,52 @@ def test_unusable_images_are_skipped_for_training_and_refused_for_a_benchmark(ph
         main(["benchmark", *line])
 
 
-def test_min_size_holds_after_cropping(tmp_path, capsys):
+@pytest.mark.parametrize("scales", [("2", "3", "4"), ("4", "3", "2"), ("3",)])
+def test_every_scale_is_cropped_for_itself(tmp_path, scales):
     (tmp_path / "photos").mkdir()
-    for height in (23, 24):
-        Image.new("RGB", (24, height)).save(tmp_path / f"photos/{height}.png")
-    flags = ["--name", "Own", "--scales", "3", "4", "--min_size", "22", "--out", str(tmp_path)]
-    main(["train", "--hr", str(tmp_path / "photos"), *flags])
-    assert list(find_set("Own", tmp_path, 4).pairs) == ["24"]
-    assert "23.png: 23x24, cropped to 12x24, is below --min_size 22" in capsys.readouterr().out
+    Image.new("RGB", (228, 344)).save(tmp_path / "photos/woman.png")  # of the size of woman in Set5
+    flags = ["--name", "Own", "--out", str(tmp_path), "--scales", *scales]
+    main(["benchmark", "--hr", str(tmp_path / "photos"), *flags])
+    published = {"2": (114, 172), "3": (76, 114), "4": (57, 86)}
+    for scale in scales:
+        with Image.open(tmp_path / f"benchmark/Own/LR_bicubic/X{scale}/woman.png") as lr:
+            assert lr.size == published[scale]
+    with Image.open(tmp_path / "benchmark/Own/HR/woman.png") as hr:
+        assert hr.size == (228, 344)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_a_set_with_remainders_is_trained_on_and_tested(photos, tmp_path, scale):
+    main(f"train --hr {photos} --name Own --scales 2 3 4 --out {tmp_path}".split())
+    settings = DataSettings(str(tmp_path), scale=scale)
+    for name, lr, hr in build_test_sets(["Own"], settings)[0]:
+        source = read_image(next(photos.glob(f"{name}.*")))
+        assert hr.shape[:2] == (lr.shape[0] * scale, lr.shape[1] * scale)
+        assert np.array_equal(hr, crop_to_multiple(source, scale))
+    batches = []
+    for ext in ("img", "sep", "bin", "device"):
+        patches = PatchSettings(patch_size=6, ext=ext, batch_size=2, steps=8, n_threads=0)
+        batches.append(list(build_train_loader(["Own"], settings, patches)))
+    for lr, hr in batches[0]:
+        assert lr.shape == (2, 6, 6, 3)
+        assert hr.shape == (2, 6 * scale, 6 * scale, 3)
+    for other in batches[1:]:
+        assert all(
+            torch.equal(a, b) for one, two in zip(batches[0], other, strict=True) for a, b in zip(one, two, strict=True)
+        )
+
+
+@pytest.mark.parametrize("scale", ["2", "3", "4"])
+def test_set5_gets_the_published_sizes_and_values(shared, tmp_path, scale):
+    published = shared / "data/benchmark/Set5"
+    main(f"benchmark --hr {published}/HR --name Set5 --scales {scale} --out {tmp_path}".split())
+    for path in (published / f"LR_bicubic/X{scale}").iterdir():
+        lr, ours = iio.imread(path), iio.imread(tmp_path / f"benchmark/Set5/LR_bicubic/X{scale}/{path.name}")
+        assert ours.shape == lr.shape
+        assert (ours == lr).mean() > 0.99
+    line = f"benchmark --hr {published}/HR --name Set5 --scales {scale} --out {tmp_path}/copy"
+    shutil.copytree(published, tmp_path / "copy/benchmark/Set5")
+    main(line.split())  # the published LR images are accepted as made from these HR images
 
 
 def test_every_image_format_is_accepted(tmp_path):
@@ -180,10 +220,15 @@ def test_archives_and_folders_of_div2k_are_combined(published, tmp_path, capsys)
     assert "DIV2K_train_HR: 1 of 800 images" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "out/DIV2K"), "--scale", "2"]) == 0
     hr, lr = images.pairs["0001"]
-    hr.write_bytes(hr.read_bytes()[:100])  # truncated
-    kept = lr.stat().st_mtime_ns
+    whole, kept = hr.read_bytes(), lr.stat().st_mtime_ns
+    for other in (whole[:100], whole[:-1] + b"?"):
+        hr.write_bytes(other)
+        with pytest.raises(InputError, match=r"0001\.png: already exists and differs from .*DIV2K_train_HR\.zip"):
+            main(line)
+        assert hr.read_bytes() == other
+    hr.unlink()
     main(line)
-    assert iio.imread(hr).shape == (40, 48, 3)
+    assert hr.read_bytes() == whole
     assert lr.stat().st_mtime_ns == kept
 
 
@@ -210,18 +255,77 @@ def test_unusable_images_must_be_removed_from_a_set_made_in_place(make_set, caps
     assert "small.png: 8x8" in capsys.readouterr().out
 
 
-def test_another_image_with_an_existing_name_is_reported(make_set, tmp_path, capsys):
-    root = make_set(count=2, size=(40, 48))
-    other = tmp_path / "other"
-    other.mkdir()
-    iio.imwrite(other / "img0.png", np.zeros((20, 20, 3), np.uint8))
-    line = f"train --hr {other} --name Tiny --scales 2 --out {root}"
-    with pytest.raises(InputError, match=r"no usable image \(1 skipped"):
-        main(line.split())
-    assert "img0.png: already exists, made from another image than" in capsys.readouterr().out
-    (other / "img0.png").rename(other / "more.png")
-    main(line.split())
-    assert "3 images; use it with" in capsys.readouterr().out
+@pytest.fixture
+def other_photos(photos, tmp_path):
+    """Other images with the names and sizes of `photos`."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for path in photos.iterdir():
+        Image.fromarray(255 - iio.imread(path)).save(folder / path.name)
+    return folder
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*.png")}
+
+
+@pytest.mark.parametrize("kind", ["train", "benchmark"])
+def test_sources_are_compared_by_content(photos, other_photos, tmp_path, kind):
+    line = f"--name Own --scales 2 3 --out {tmp_path}/out"
+    main([kind, "--hr", str(photos), *line.split()])
+    written = contents(tmp_path / "out")
+    assert len(written) == 6
+    main([kind, "--hr", str(photos), *line.split()])
+    with pytest.raises(InputError, match=r"HR/[ab]\.png: already exists and is another image than .*other/[ab]\."):
+        main([kind, "--hr", str(other_photos), *line.split()])
+    assert contents(tmp_path / "out") == written
+
+
+def test_the_same_image_in_another_format_is_accepted(photos, tmp_path):
+    line = f"--name Own --scales 2 --out {tmp_path}/out"
+    main(["train", "--hr", str(photos), *line.split()])
+    (tmp_path / "copies").mkdir()
+    for path in photos.iterdir():
+        Image.open(path).save(tmp_path / "copies" / f"{path.stem}.tiff")
+    main(["train", "--hr", str(tmp_path / "copies"), *line.split()])
+
+
+def test_lr_images_of_another_size_or_content_are_not_kept_silently(photos, tmp_path):
+    line = f"--name Own --scales 2 3 --out {tmp_path}"
+    main(["train", "--hr", str(photos), *line.split()])
+    lr = tmp_path / "Own/LR_bicubic/X3/a.png"
+    good = iio.imread(lr)
+    for wrong in (good[1:], 255 - good):
+        iio.imwrite(lr, wrong)
+        for source in (photos, tmp_path / "Own/HR"):  # also in place
+            with pytest.raises(InputError, match=r"X3/a\.png: already exists and was not made from .*a\.png at x3; "):
+                main(["train", "--hr", str(source), *line.split()])
+        assert np.array_equal(iio.imread(lr), wrong)
+    lr.unlink()
+    main(["train", "--hr", str(photos), *line.split()])
+    assert np.array_equal(iio.imread(lr), good)
+
+
+def test_nothing_is_written_if_one_image_conflicts(photos, other_photos, tmp_path):
+    line = f"--name Own --scales 2 --out {tmp_path}/out"
+    main(["train", "--hr", str(photos), *line.split()])
+    written = contents(tmp_path / "out")
+    (other_photos / "b.jpg").rename(other_photos / "new.jpg")
+    with pytest.raises(InputError, match=r"HR/a\.png: already exists"):
+        main(["train", "--hr", str(other_photos), *line.split()])
+    assert contents(tmp_path / "out") == written
+
+
+def test_only_training_sets_are_merged(photos, other_photos, tmp_path, capsys):
+    for path in list(other_photos.iterdir()):
+        path.rename(path.with_stem(f"more_{path.stem}"))
+    for kind in ("train", "benchmark"):
+        main(f"{kind} --hr {photos} --name Own --scales 2 --out {tmp_path}/out".split())
+    main(f"train --hr {other_photos} --name Own --scales 2 --out {tmp_path}/out".split())
+    assert "4 images; use it with" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"Own: already holds a set with other images \(a and 1 more "):
+        main(f"benchmark --hr {other_photos} --name Own --scales 2 --out {tmp_path}/out".split())
+    main(f"benchmark --hr {photos} {other_photos} --name Own --scales 2 --out {tmp_path}/out".split())
 
 
 def test_reserved_names_are_refused(make_set, tmp_path):
