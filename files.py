@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_NAME_BYTES = 255  # of a file, in the file systems in use
-MAX_SHOWN = 20  # failed images of a batch that are named one by one
+MAX_SHOWN = 20  # failed images of a batch that are named
 
 
 class InputError(Exception):
@@ -102,14 +102,20 @@ def digest(paths: Iterable[Path], settings: bytes) -> str:
 
 
 def report_failures(messages: Sequence[str], count: int) -> int:
-    """Print why some of `count` images failed. Returns the exit code: 0 if none did, 2 if all did, otherwise 1."""
-    if 0 < len(messages) < count:
-        print(f"error: {len(messages)} of {count} images failed, the others are done:", file=sys.stderr)
-    for message in messages[:MAX_SHOWN]:
+    """Print why some of `count` images failed. Returns the exit code: 1 if any did. Raises InputError if all did."""
+    if not messages:
+        return 0
+    *others, last = messages[:MAX_SHOWN]
+    if len(messages) < count:
+        print(f"error: {len(messages)} of {count} images failed, the others are done", file=sys.stderr)
+    elif len(messages) > MAX_SHOWN:
+        print(f"error: all {count} images failed, the first of them are", file=sys.stderr)
+    for message in others:
         print(f"error: {message}", file=sys.stderr)
-    if len(messages) > MAX_SHOWN:
-        print(f"error: {len(messages) - MAX_SHOWN} more images failed", file=sys.stderr)
-    return 0 if not messages else 1 if len(messages) < count else 2
+    if len(messages) == count:
+        raise InputError(last)
+    print(f"error: {last}", file=sys.stderr)
+    return 1
 
 
 class Results:

@@ -216,8 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except MemoryError:
             failures.append(f"{path}: not enough memory; cut it into parts")
     _show_progress(len(images), len(images), "")
-    count = len(images) - len(failures)
-    print(f"{count} upscaled image{'s' * (count != 1)} in {args.output}")
+    if count := len(images) - len(failures):
+        print(f"{count} upscaled image{'s' * (count != 1)} in {args.output}")
     return report_failures(failures, len(images))
 
 
