@@ -157,9 +157,7 @@ def test_a_result_can_be_upscaled_again_and_is_not_lost(folder, tiny):
     assert (results / "clip_x2_SR.mp4").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("name", "problem"), [("absent.mp4", "no such file; check"), (".", "is a folder; give a video")]
-)
+@pytest.mark.parametrize(("name", "problem"), [("absent.mp4", "no such file"), (".", "is a folder; give a video")])
 def test_a_path_that_is_no_file_is_named(folder, tiny, name, problem):
     torch.save(tiny.state_dict(), "weights.pt")
     with pytest.raises(InputError, match=problem) as error:
