@@ -5,7 +5,6 @@ import logging
 import os
 import platform
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,10 @@ except ImportError:  # on Windows
     fcntl = None
 
 RELEASED = "released"  # the folder of weights that no run may overwrite
+RUN_FILES = (  # what a training writes to its folder
+    *("options.json", "checkpoint.pt", "log.txt", "log.csv", "loss.png", "psnr.png", "active_share.png", "density.png"),
+    *("masks.png", "model/model_*.pt", "tensorboard/events.out.tfevents.*"),
+)
 
 _locks: set[int] = set()  # descriptors of folders that this process has locked
 
@@ -90,36 +93,36 @@ class Experiment:
     def __init__(self, name: str, root: str | Path = "experiment", argument: str = "save"):
         if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
             raise InputError(f"{name!r} is not a valid run name; use letters, digits and . _ + -", argument=argument)
-        if name == RELEASED:
-            raise InputError(f"{name!r} is the folder of the released weights; choose another name", argument=argument)
         self.name = name
         self.folder = Path(root) / name
+        released = (Path(root) / RELEASED).resolve()
+        if name == RELEASED or released in (self.folder.resolve(), *self.folder.resolve().parents):
+            raise InputError(f"{name!r} is the folder of the released weights; choose another name", argument=argument)
         self.checkpoint_path = self.folder / "checkpoint.pt"
         self.options_path = self.folder / "options.json"
 
-    def exists(self) -> bool:
-        """Whether the folder holds a run, or anything else but results of tests."""
-        return self.folder.is_dir() and any(not path.name.startswith("results-") for path in self.folder.iterdir())
+    def files(self) -> list[Path]:
+        """The files of the run. Those of tests, and whatever else somebody put into the folder, do not belong to it."""
+        return [path for pattern in RUN_FILES for path in sorted(self.folder.glob(pattern))]
 
-    def contains(self, path: str | Path) -> bool:
-        """Whether a file lies in the folder."""
-        return self.folder.resolve() in Path(path).resolve().parents
+    def exists(self) -> bool:
+        """Whether the folder holds a run."""
+        return bool(self.files())
 
     def create(self, reset: bool = False) -> None:
-        """Make the folder. Raises InputError if it already contains a run, unless `reset`: then it is emptied."""
+        """Make the folder. Raises InputError if it already contains a run, unless `reset`: then that is deleted.
+
+        The folder itself stays: it may be a symbolic link or a mount point.
+        """
         if self.exists() and not reset:
             raise InputError(f"{self.folder}: already contains a run; choose another name")
-        if reset and self.folder.is_dir():
-            shutil.rmtree(self.folder)
+        for path in self.files():
+            path.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def create_results(self, set_name: str, scale: int, reset: bool = False) -> Path:
-        """Make the folder of a test and return it; with `reset` it is emptied."""
-        folder = self.folder / f"results-{set_name}-x{scale}"
-        if reset and folder.is_dir():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+    def results_folder(self, set_name: str, scale: int) -> Path:
+        """The folder of the results of a test."""
+        return self.folder / f"results-{set_name}-x{scale}"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -253,7 +253,11 @@ def _add_network_options(group):
 
 
 def _add_training_options(group):
-    group.add_argument("--reset", action="store_true", help="overwrite the run, or results, that --save already holds")
+    group.add_argument(
+        "--reset",
+        action="store_true",
+        help="overwrite the run, or the results of the same images, that --save already holds",
+    )
     group.add_argument("--test_every", type=positive_int, default=1000, help="batches per epoch")
     group.add_argument("--epochs", type=positive_int, default=1000, help="epochs to train")
     group.add_argument("--batch_size", type=positive_int, default=16, help="patches per batch, over all processes")
@@ -415,7 +419,7 @@ def _check_run(args):
         ("reset", "--load resumes a run"),
         ("pre_train", "--load brings its own weights"),
     ):
-        if args.load and getattr(args, flag):
+        if args.load and getattr(args, flag) and not (flag == "reset" and args.test_only):
             raise InputError(f"--{flag}: {reason}; use only one of them")
 
 

@@ -191,6 +191,11 @@ class WholeImages(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
+    def check_files(self) -> None:
+        """Raise InputError if a file cannot be read as an image. The pixels are not decoded."""
+        for path in (path for pair in self.paths for path in pair if path):
+            image_size(path)
+
     def source(self, name: str) -> Picture:
         """An image without HR image as it is in its file, with alpha and color profile. Raises InputError."""
         return self._read_picture(self.paths[self.names.index(name)][1])
@@ -217,7 +222,8 @@ def _check_trainable(images, patch_size):
         raise InputError(
             f"{images.name} ({images.root}) holds no HR images to train on; choose another set", argument="data_train"
         )
-    for _, lr in images.pairs.values():
+    for hr, lr in images.pairs.values():
+        image_size(hr)
         height, width = image_size(lr)
         if min(height, width) < patch_size:
             raise InputError(

@@ -1,5 +1,6 @@
 """Weights files: read them as others wrote them, and write them."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,12 @@ def write_weights(path: str | Path, state_dict: StateDict) -> None:
     except ImportError:
         raise InputError(f"{path}: the safetensors package is not installed; pip install safetensors") from None
     write_whole(path, save({key: value.contiguous() for key, value in state_dict.items()}))
+
+
+def fingerprint(state_dict: StateDict) -> str:
+    """A key of the content of a state dict."""
+    content = hashlib.sha256()
+    for name, value in state_dict.items():
+        content.update(f"{name} {tuple(value.shape)}".encode())
+        content.update(value.float().cpu().numpy().tobytes())
+    return content.hexdigest()

@@ -155,7 +155,7 @@ def test_a_test_writes_images_metrics_and_a_table(folder, capsys):
     results = folder / "experiment/check/results-Tiny2-x2"
     assert {path.name for path in results.iterdir()} == {
         *("img0_x2_SR.png", "img1_x2_SR.png"),
-        *("metrics.json", "options.json"),
+        *("metrics.json", "options.json", ".finished"),
     }
     metrics = read_metrics("check")
     assert metrics["n_images"] == 2
@@ -183,7 +183,7 @@ def test_an_image_too_large_for_memory_is_processed_in_tiles(folder, monkeypatch
     untiled = read_sr("check")
     assert "in tiles" not in capsys.readouterr().out
     monkeypatch.setattr("model.inference.free_memory", lambda device: 1000)
-    run(f"{TEST} --save_results")
+    run(f"{TEST} --save_results --reset")
     message = "20x24 pixels need about 0.0 GiB, more than is free: processing the image in tiles"
     assert capsys.readouterr().out.count(message) == 1
     assert np.array_equal(read_sr("check"), untiled)
@@ -351,7 +351,7 @@ MISTAKES = [
     (f"{TEST} --rgb_range 1", r"--rgb_range: weights\.pt holds SMSR weights for rgb_range 255, not 1"),
     (f"{TEST} --n_resblocks 3", "--n_resblocks: SMSR has no parameter 'n_resblocks'"),
     ("--test_only", "--test_only: needs weights"),
-    (f"{TEST} --data_test demo --dir_demo absent", "absent: no such folder"),
+    (f"{TEST} --data_test demo --dir_demo absent", "--dir_demo: no such file or folder 'absent'; check the path"),
     (f"{TEST} --data_test demo", "--dir_demo: missing"),
     (f"{TEST} --save ../up", "--save: '../up' is not a valid run name"),
     ("--load ../up", "--load: '../up' is not a valid run name"),
@@ -366,10 +366,222 @@ def test_mistakes_are_named_and_leave_nothing_behind(folder, line, message):
     assert not (folder / "experiment").exists()
 
 
-def test_a_broken_image_is_named(folder):
+def test_a_broken_image_is_named_and_the_others_are_measured(folder, capsys):
     path = Path("data/benchmark/Tiny2/HR/img1.png")
-    path.write_bytes(path.read_bytes()[:-100])
-    assert mistake(TEST).startswith(f"{path}: not an image, or broken")
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    assert run(f"{TEST} --save_results") == 1
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-2] == "error: 1 of 2 images failed, the others are done"
+    assert re.match(f"error: {path}: not an image, or broken", printed.err.splitlines()[-1])
+    assert "mean" in printed.out
+    metrics = read_metrics("check")
+    assert [row["name"] for row in metrics["images"]] == ["img0"]
+    assert list(metrics["failed"]) == ["img1"]
+    path.write_bytes(content)
+    assert run(f"{TEST} --save_results") == 0
+    assert "1 of 2 images were done already" in capsys.readouterr().out
+    repaired = read_metrics("check")
+    assert repaired["images"][0] == metrics["images"][0]
+    assert "failed" not in repaired
+    run(f"{TEST} --save new")
+    assert read_metrics("new")["psnr_y"] == repaired["psnr_y"]
+
+
+def test_a_training_does_not_start_with_a_broken_validation_image(folder):
+    path = Path("data/benchmark/Tiny2/HR/img1.png")
+    path.write_bytes(b"broken")
+    assert mistake(f"{TRAIN} --epochs 1").startswith(f"{path}: not an image, or broken")
+    assert not Path("experiment").exists()
+
+
+# ---- nothing is lost, nothing is done twice --------------------------------------------------------------------------
+
+DEMO = "--data_test demo --dir_demo photos --pre_train weights.pt --test_only --save demo"
+RESULTS = Path("experiment/demo/results-demo-x2")
+
+
+def write_photo(path, seed):
+    write_png(Path(path), np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def photos(folder):
+    """The folder photos: a.png, b.png (broken) and c.png."""
+    for seed, name in enumerate("abc"):
+        write_photo(f"photos/{name}.png", seed)
+    Path("photos/b.png").write_bytes(b"broken")
+    return Path("photos")
+
+
+def snapshot(folder):
+    """{path: (content, when it was written)} of all files."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def pictures():
+    return snapshot(RESULTS) and {
+        path.name: found for path, found in snapshot(RESULTS).items() if path.suffix == ".png"
+    }
+
+
+def test_a_broken_photo_does_not_end_a_demo_and_nothing_is_done_twice(photos, capsys):
+    assert run(DEMO) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: photos/b.png: not an image, or broken")
+    before = pictures()
+    assert set(before) == {"a_x2_SR.png", "c_x2_SR.png"}
+    write_photo("photos/b.png", 5)
+    assert run(f"{DEMO} --chop --cpu") == 0  # the result is the same
+    after = pictures()
+    assert set(after) == {"a_x2_SR.png", "b_x2_SR.png", "c_x2_SR.png"}
+    assert after.items() > before.items()
+    (RESULTS / "a_x2_SR.png").unlink()
+    assert run(DEMO) == 0
+    assert {name: content for name, (content, _) in pictures().items()} == {
+        name: content for name, (content, _) in after.items()
+    }
+    assert pictures()["c_x2_SR.png"] == after["c_x2_SR.png"]
+
+
+def test_without_any_readable_photo_a_demo_fails(photos, capsys):
+    for name in "ac":
+        (photos / f"{name}.png").write_bytes(b"")
+    assert mistake(DEMO).startswith("photos/c.png: not an image, or broken")
+    assert [line.split(":")[1] for line in capsys.readouterr().err.splitlines() if "error" in line] == [
+        " photos/a.png",
+        " photos/b.png",
+    ]
+
+
+def test_an_interrupted_demo_goes_on_where_it_stopped(photos, monkeypatch):
+    write_photo("photos/b.png", 5)
+    written = []
+
+    def killed(path, picture):
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_png(path, picture)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("results.write_png", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(DEMO)
+    before = pictures()
+    assert set(before) == {"a_x2_SR.png"}
+    assert run(DEMO) == 0
+    assert pictures()["a_x2_SR.png"] == before["a_x2_SR.png"]
+    assert len(pictures()) == 3
+
+
+@pytest.mark.parametrize("what", ["photo", "weights", "options", "unknown"])
+def test_results_of_something_else_are_only_replaced_on_request(folder, what):
+    write_photo("photos/a.png", 1)
+    write_photo("others/b.png", 2)
+    if what == "unknown":
+        write_photo(RESULTS / "a_x2_SR.png", 9)
+    else:
+        run(DEMO)
+    assert run(DEMO.replace("photos", "others")) == 0
+    line = DEMO
+    if what == "photo":
+        write_photo("photos/a.png", 3)
+    elif what == "weights":
+        torch.save(SMSR(scale=2, n_feats=8, n_blocks=1, n_layers=2).state_dict(), "weights.pt")
+    elif what == "options":
+        line += " --self_ensemble"
+    (RESULTS / "notes.txt").write_text("mine")
+    before = snapshot("experiment")
+    assert mistake(line) == (
+        f"{RESULTS / 'a_x2_SR.png'}: already exists, made from another input, or with other weights or options; "
+        "pass --reset to overwrite it or choose another --save"
+    )
+    assert snapshot("experiment") == before
+    assert run(f"{line} --reset") == 0
+    after = snapshot("experiment")
+    assert after[RESULTS / "a_x2_SR.png"] != before[RESULTS / "a_x2_SR.png"]
+    for kept in ("b_x2_SR.png", "notes.txt"):
+        assert after[RESULTS / kept] == before[RESULTS / kept]
+
+
+def test_images_whose_names_differ_in_the_extension_have_two_results(folder):
+    write_photo("photos/a.png", 1)
+    iio.imwrite("photos/a.bmp", iio.imread("photos/a.png")[:5])
+    write_photo("photos/c.png", 2)
+    assert run(DEMO) == 0
+    assert set(pictures()) == {"a.bmp_x2_SR.png", "a.png_x2_SR.png", "c_x2_SR.png"}
+    assert iio.imread(RESULTS / "a.bmp_x2_SR.png").shape == (10, 24, 3)
+
+
+def test_a_name_that_is_too_long_for_its_result_is_that_image_s_failure(folder, capsys):
+    write_photo(f"photos/{'n' * 250}.png", 1)
+    write_photo("photos/a.png", 2)
+    assert run(DEMO) == 1
+    assert "the name of its result would be too long; rename it" in capsys.readouterr().err
+    assert set(pictures()) == {"a_x2_SR.png"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs symbolic links")
+def test_inputs_are_never_deleted_or_overwritten(folder):
+    write_photo("photos/a.png", 1)
+    run(DEMO)
+    Path("both").mkdir()
+    shutil.copy("photos/a.png", "both/a.png")
+    Path("both/z.png").symlink_to((RESULTS / "a_x2_SR.png").resolve())
+    before = snapshot("experiment") | snapshot("both")
+    for source, message in (
+        (RESULTS, f"--dir_demo {RESULTS}: is the folder of the results; choose another --save"),
+        ("both", "--save: would overwrite both/z.png, which this call reads; choose another name"),
+    ):
+        for flags in ("", " --reset"):
+            assert mistake(DEMO.replace("photos", str(source)) + flags) == message
+    assert run(DEMO.replace("photos", f"{RESULTS}/a_x2_SR.png") + " --reset") == 0
+    after = snapshot("experiment") | snapshot("both")
+    assert all(after[path] == before[path] for path in before if path.suffix == ".png")
+
+
+def test_a_damaged_record_does_no_harm(folder):
+    write_photo("photos/a.png", 1)
+    run(DEMO)
+    (record,) = (RESULTS / ".finished").iterdir()
+    content, outside = json.loads(record.read_bytes()), Path("mine.txt")
+    outside.write_text("mine")
+    for broken in (b"", b"[]", b'{"made_from": 1}', b"\xff", b"[" * 100_000):
+        record.write_bytes(broken)
+        assert mistake(DEMO).startswith(f"{RESULTS / 'a_x2_SR.png'}: already exists")
+    record.write_text(json.dumps(content | {"files": {"../../../mine.txt": "x"}}))
+    assert run(f"{DEMO} --reset") == 0
+    assert outside.exists()
+    for facts in (None, {}, content["facts"] | {"row": {"name": "a"}}, content["facts"] | {"cost": {"pixels": "x"}}):
+        record.write_text(json.dumps(content | {"facts": facts}))
+        assert run(DEMO) == 0
+
+
+@pytest.mark.parametrize("option", ["pre_train", "vgg_weights"])
+def test_a_reset_keeps_what_the_training_reads(folder, option):
+    run(f"{TRAIN} --epochs 1")
+    Path("link.pt").symlink_to(Path("experiment/run/model/model_best.pt").resolve())
+    message = f"--reset: would delete --{option} link.pt; choose another --save"
+    assert mistake(f"{TRAIN} --epochs 1 --reset --{option} link.pt") == message
+    shutil.copytree("data", "experiment/run/data")
+    before = list(Path("experiment/run/data").rglob("*.png"))
+    assert run(f"{TRAIN} --epochs 1 --reset".replace("--dir_data data", "--dir_data experiment/run/data")) == 0
+    assert all(path.is_file() for path in before)
+
+
+def test_a_reset_removes_all_that_a_training_writes(folder):
+    run(f"{TRAIN} --epochs 1 --ema 0.5 --save_models")
+    experiment = Experiment("run")
+    experiment.create(reset=True)
+    assert not [path for path in Path("experiment/run").rglob("*") if path.is_file()]
+
+
+def test_a_set_is_measured_again_with_other_options_and_says_so(folder, capsys):
+    run(TEST)
+    run(f"{TEST} --inference dense")
+    assert "metrics.json: replacing the numbers of an earlier test" in capsys.readouterr().out
+    run(f"{TEST} --inference dense --save dense")
+    assert read_metrics("check")["gmacs_run"] == read_metrics("dense")["gmacs_run"]
 
 
 @pytest.mark.parametrize("n_threads", [0, 1])

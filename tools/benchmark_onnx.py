@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from files import report_failures
 from model import load_model
 from model.onnx import GRAPH_MODES, export
 from model.smsr import SMSR
@@ -35,8 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure, print a table, and write the results where --json asks for it. Raises InputError without onnxruntime."""
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, and write the results where --json asks for it; returns the exit code.
+
+    Raises InputError without onnxruntime.
+    """
     try:
         import onnxruntime  # an optional package
     except ImportError:
@@ -45,9 +49,10 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     model = load_model(args.pre_train, "SMSR").to(memory_format=torch.channels_last)
     sessions = build_sessions(model)
+    found, failures = read_images(args, model.n_colors)
     images = [
         {"name": name, **measure(model, sessions, image, args.repeats)}
-        for name, image in tqdm(read_images(args, model.n_colors).items(), desc="images", leave=False)
+        for name, image in tqdm(found.items(), desc="images", leave=False)
     ]
     report = {
         "threads": torch.get_num_threads(),
@@ -60,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(table(report)))
     if args.json:
         write_json(args.json, report)
+    return report_failures(failures, len(found) + len(failures))
 
 
 def build_sessions(model: SMSR) -> dict[str, object]:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.image import read_image
 from data.resize import crop_to_multiple, downscale, upscale
 from evaluation import compare
+from files import check_outputs
 from model import load_model
 from model.network import Network
 from option import Parser, png, positive_int
@@ -46,6 +47,7 @@ def crop(text: str) -> tuple[int, int, int, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    check_outputs([args.output], [args.image, *args.methods], argument="output")
     networks = load_networks(args.methods)
     scale = common_scale(networks.values(), args.scale)
     hr = crop_to_multiple(read_image(args.image), scale)

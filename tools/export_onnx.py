@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     model = load_model(args.pre_train, res_scale=args.res_scale)
     mode = choose_mode(args, model)
+    facts = metadata(args, model, mode)
+    if args.output.exists() and facts["weights_sha256"].encode() not in args.output.read_bytes():
+        raise InputError(f"--output {args.output}: already exists, not made from these weights; choose another name")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)  # before the export, which takes a minute
     except OSError as error:
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--output {args.output}: cannot create its folder: {error.strerror}; choose another"
         ) from None
     graph = export(model.to(PRECISIONS[args.precision]), mode, args.pixels, args.masks)
-    for key, value in metadata(args, model, mode).items():
+    for key, value in facts.items():
         graph.metadata_props.add(key=f"smsr_{key}", value=str(value))
     content = graph.SerializeToString()
     write_whole(args.output, content)

@@ -126,11 +126,44 @@ def test_videos_are_upscaled_from_the_command_line(folder, tiny):
     assert main(line.split()) == 0
     target = Path("experiment/v/results-video-x2/clip_x2_SR.mp4")
     assert read_clip(str(target))[1].shape == (7, 48, 64, 3)
-    before = target.read_bytes()
-    with pytest.raises(InputError, match=r"clip_x2_SR\.mp4: already exists; .*--reset"):
-        main(line.replace("clip.mp4", "./clip.mp4").split())
+    before, made = target.read_bytes(), target.stat().st_mtime_ns
+    assert main(line.replace("clip.mp4", "./clip.mp4").split()) == 0
+    assert target.stat().st_mtime_ns == made  # not done again
+    write_clip("clip.avi", count=3)
+    for other in (line.replace("clip.mp4", "clip.avi"), f"{line} --self_ensemble"):
+        with pytest.raises(InputError, match=r"clip_x2_SR\.mp4: already exists, made from another input, .*--reset"):
+            main(other.split())
     assert target.read_bytes() == before
-    assert main([*line.split(), "--reset"]) == 0
+    write_clip("second.mp4", count=2)
+    assert main(line.replace("clip.mp4", "second.mp4").split()) == 0
+    assert main([*line.replace("clip.mp4", "clip.avi").split(), "--reset"]) == 0
+    assert len(read_clip(str(target))[1]) == 3
+    assert target.with_name("second_x2_SR.mp4").exists()  # of another clip
+
+
+def test_a_result_can_be_upscaled_again_and_is_not_lost(folder, tiny):
+    torch.save(tiny.state_dict(), "weights.pt")
+    line = "--data_test video --pre_train weights.pt --test_only --save v --cpu --dir_demo"
+    results = Path("experiment/v/results-video-x2")
+    main(f"{line} clip.mp4".split())
+    before = (results / "clip_x2_SR.mp4").read_bytes()
+    for _ in range(2):
+        assert main(f"{line} {results}/clip_x2_SR.mp4 --reset".split()) == 0
+    assert (results / "clip_x2_SR.mp4").read_bytes() == before
+    Path("link").mkdir()
+    Path("link/clip.mp4").symlink_to(Path(results / "clip_x2_SR.mp4").resolve())
+    with pytest.raises(InputError, match=r"would overwrite link/clip\.mp4, which this call reads"):
+        main(f"{line} link/clip.mp4 --reset".split())
+    assert (results / "clip_x2_SR.mp4").read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "problem"), [("absent.mp4", "no such file"), (".", "is a folder; give a video")])
+def test_a_path_that_is_no_file_is_named(folder, tiny, name, problem):
+    torch.save(tiny.state_dict(), "weights.pt")
+    with pytest.raises(InputError, match=problem) as error:
+        main(f"--data_test video --dir_demo {name} --pre_train weights.pt --test_only --save v --cpu".split())
+    assert error.value.argument == "dir_demo"
+    assert not Path("experiment").exists()
 
 
 def test_truncated_videos_are_reported(folder, caplog):
