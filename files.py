@@ -1,8 +1,18 @@
-"""The error that names a user's mistake, and files that appear whole. Nothing here needs PyTorch."""
+"""What every program here shares: the error that names a user's mistake, exit codes, and files that appear whole.
 
+Nothing here needs PyTorch.
+"""
+
+import contextlib
 import os
 import secrets
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
+
+INTERRUPTED = 130  # exit code after Ctrl-C
+CLOSED_PIPE = 141  # exit code if nobody reads the output any more, as in `| head -1`: that of a program in C
 
 
 class InputError(Exception):
@@ -16,12 +26,82 @@ class InputError(Exception):
         self.argument = argument
 
     def __str__(self) -> str:
-        # A worker process of a data loader puts its whole traceback in front of the message.
-        return shorten(super().__str__().strip().rpartition("InputError: ")[2])
+        return shorten(super().__str__())
 
     def for_command_line(self) -> str:
         """The message, with the flag of the argument at fault in front of it."""
         return f"--{self.argument}: {self}" if self.argument else str(self)
+
+
+def run_program(main: Callable[[], int | None], memory_hint: str = "use smaller images") -> None:
+    """Run `main()` and exit with what it returns; report a user's mistake in one line, with exit code 2.
+
+    memory_hint: what to do if memory runs out
+    """
+    sys.stdout, sys.stderr = (_usable(stream) for stream in (sys.stdout, sys.stderr))
+    try:
+        code = _run_and_flush(main)
+    except InputError as error:
+        code = _complain(error.for_command_line(), 2)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        is_closed_pipe = isinstance(error, BrokenPipeError)
+        line = shorten(f"{error.filename or 'standard output, or a file'}: {error.strerror}")
+        code = CLOSED_PIPE if is_closed_pipe else _complain(line, 2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        code = _complain(f"out of memory; {memory_hint}", 2)
+    except KeyboardInterrupt:
+        code = _complain("interrupted", INTERRUPTED, kind="")
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _discard_unwritten(stream)
+    sys.exit(code)
+
+
+def _usable(stream: TextIO | None) -> TextIO:
+    """A stream that prints every text: names and signs that its encoding lacks are escaped. None: it was closed."""
+    if stream is None:
+        return open(os.devnull, "w")
+    with contextlib.suppress(AttributeError):  # replaced by an object that is not a text file
+        stream.reconfigure(errors="backslashreplace")
+    return stream
+
+
+def _run_and_flush(main):
+    """What main() returns or exits with, once all it printed is written. Raises OSError if that fails."""
+    try:
+        code = main()
+    except SystemExit as exited:
+        code = exited.code
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = "standard output"
+        raise
+    return code
+
+
+def _complain(line, code, kind="error: "):
+    with contextlib.suppress(OSError):  # stderr may be closed too
+        print(f"{kind}{line}", file=sys.stderr, flush=True)
+    return code
+
+
+def _discard_unwritten(stream):
+    """Let Python not try again, when it exits, to write what could not be written."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a MemoryError or RuntimeError means that memory ran out; on a CPU PyTorch raises a plain RuntimeError."""
+    phrases = ("out of memory", "not enough memory", "allocate memory", "memory object", "bad_alloc")
+    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
 def shorten(text: str, length: int = 600) -> str:

@@ -2,8 +2,6 @@
 
 import argparse
 import functools
-import logging
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 import distributed
 import option
@@ -29,20 +26,35 @@ from model import StateDict, build_model, read_weights
 from model.inference import build_predictor
 from model.network import Network, Predict
 from picture import to_8_bits
-from recovery import resume_hint
+from recovery import report_failures, resume_hint
 from summary import TensorBoard, check_tensorboard
 from trainer import Schedules, Trainer, TrainSettings, dry_run
 from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
-from utility import INTERRUPTED, PRECISIONS, InputError, be_deterministic, logger, run_program, write_json, write_whole
+from utility import (
+    INTERRUPTED,
+    PRECISIONS,
+    InputError,
+    be_deterministic,
+    log_to_console,
+    logger,
+    run_program,
+    write_json,
+    write_whole,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with a command line; returns the exit code. Raises InputError."""
-    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO, force=True)
+    log_to_console()
     args = option.parse(argv)
     stored = {}
     if args.load:
         experiment = Experiment(args.load, argument="load")
+        if experiment.folder.is_dir() and not experiment.exists():
+            raise InputError(
+                f"--load {args.load}: {experiment.folder} holds no checkpoint yet; "
+                f"start the run with --save {args.load} and its options"
+            )
         stored = option.check_stored(experiment.load_options(), experiment.options_path)
         args = option.parse(argv, stored)
     torch.manual_seed(args.seed)
@@ -64,6 +76,9 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
         check_tensorboard()
     experiment = Experiment(args.save)
     state = experiment.load_checkpoint() if args.load else None
+    if state and state["epoch"] > args.epochs:  # no mistake: jobs of a batch system resume a run until it is finished
+        logger.info(f"--load {args.save}: all {state['epoch'] - 1} epochs are done; add more with --epochs")
+        return 0
     if state is None and not args.dry_run:
         check_new_run(args, experiment)
     weights = state["model"] if state else read_weights(args.pre_train) if args.pre_train else None
@@ -71,8 +86,6 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
     trainer = build_trainer(args, model.to(device, memory_format=torch.channels_last), experiment, deadline)
     if state:
         trainer.load_state(state)
-        if trainer.epoch > args.epochs:
-            raise InputError(f"--load {args.save}: all {trainer.epoch - 1} epochs are done; add more with --epochs")
     if args.dry_run:
         for line in dry_run(trainer, args.epochs):
             logger.info(line)
@@ -146,7 +159,7 @@ def build_loader(args: argparse.Namespace, device: torch.device) -> PatchLoader 
 def fit_and_log(args: argparse.Namespace, stored: dict[str, Any], trainer: Trainer) -> bool:
     """Train in the main process, which writes the log, options.json and TensorBoard; returns whether it finished."""
     experiment, model = trainer.experiment, trainer.model
-    with experiment.lock(), experiment.log_file(), logging_redirect_tqdm():
+    with experiment.lock(), report_failures(experiment), experiment.log_file():
         if args.tensorboard:
             trainer.tensorboard = TensorBoard(experiment.folder, args.images_every)
         origin = {key: stored[key] for key in option.RECORDED if key in stored}

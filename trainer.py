@@ -1,5 +1,6 @@
 """Train a network: the schedules, one epoch, fit."""
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -187,9 +188,15 @@ class Trainer:
         )
 
     def _batches(self):
-        try:
+        with self._hint_to_resume():
             if self.step < self.loader.sampler.steps:
                 yield from self.loader
+
+    @contextlib.contextmanager
+    def _hint_to_resume(self):
+        """Add to the mistakes in images how the run is resumed once they are corrected."""
+        try:
+            yield
         except InputError as error:
             raise InputError(f"{error}; then {resume_hint(self.experiment)}", error.argument) from None
 
@@ -243,7 +250,8 @@ class Trainer:
         """The columns of log.csv that the test sets fill. Warns of masks that stay empty or full on all of them."""
         row, densities = {}, []
         for images, (suffix, model) in itertools.product(self.test_sets, self._networks()):
-            metrics = evaluate(model, images, build_predictor(model), warm_up=False)
+            with self._hint_to_resume():
+                metrics = evaluate(model, images, build_predictor(model), warm_up=False)
             psnr_name, psnr_mean = headline(metrics)
             row[f"{psnr_name}_{images.name}{suffix}"] = psnr_mean
             row[f"ssim_y_{images.name}{suffix}"] = metrics["ssim_y"]

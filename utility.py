@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from files import InputError, shorten, write_whole
+from files import INTERRUPTED as INTERRUPTED
+from files import InputError, write_whole
+from files import is_out_of_memory as is_out_of_memory
+from files import run_program as run_program
 
 try:
     import resource
@@ -25,50 +28,49 @@ except ImportError:  # on Windows
     resource = None
 
 logger = logging.getLogger("smsr")
-INTERRUPTED = 130  # exit code after Ctrl-C
 PRECISIONS = {"single": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- programs --------------------------------------------------------------------------------------------------------
 
 
-def run_program(main: Callable[[], int | None], memory_hint: str = "use smaller images") -> None:
-    """Run `main()` and exit with what it returns; report a user's mistake in one line, with exit code 2.
+class Console(logging.Handler):
+    """Prints log lines above the progress bars. Raises OSError if standard output cannot be written."""
 
-    memory_hint: what to do if memory runs out
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # replaced by an object that is not a text file
-            stream.reconfigure(errors="backslashreplace")  # names and signs that the terminal's encoding lacks
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"error: {error.for_command_line()}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            error.filename = "standard output"
             raise
-        print(shorten(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"error: out of memory; {memory_hint}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+
+
+def log_to_console() -> None:
+    """Let a program print its log."""
+    logging.basicConfig(handlers=[Console()], format="%(message)s", level=logging.INFO, force=True)
+
+
+LAUNCHER_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
 
 
 def launched_processes() -> int:
-    """How many processes torchrun or another launcher started, this one included; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes torchrun or another launcher started, this one included; 1 without a launcher.
 
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a MemoryError or RuntimeError means that memory ran out; on a CPU PyTorch raises a plain RuntimeError."""
-    phrases = ("out of memory", "not enough memory", "allocate memory", "memory object", "bad_alloc")
-    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
+    Clusters set some of a launcher's variables in jobs that no launcher starts; only all of them count. Raises
+    InputError if they contradict each other.
+    """
+    values = [os.environ.get(name, "") for name in LAUNCHER_VARIABLES]
+    if not all(values):
+        return 1
+    try:
+        n_processes, rank, local_rank, port = map(int, values[:4])
+        if 0 <= local_rank <= rank < n_processes and 0 < port < 2**16:
+            return n_processes
+    except ValueError:  # not a number
+        pass
+    found = ", ".join(f"{name}={value}" for name, value in zip(LAUNCHER_VARIABLES, values, strict=True))
+    raise InputError(f"{found}: not as a launcher sets them; start with torchrun, or unset WORLD_SIZE")
 
 
 def in_parallel(function: Callable, items: Sequence, n_threads: int, title: str) -> list:

@@ -88,6 +88,15 @@ class Patches(Dataset):
         hr = hr[top * scale : (top + size) * scale, left * scale : (left + size) * scale]
         return _turn(lr, *turn), _turn(hr, *turn)
 
+    def __getitems__(
+        self, keys: Sequence[tuple[int, int, int]]
+    ) -> list[tuple[np.ndarray, np.ndarray]] | InputError | OSError:
+        """The items of a batch, or the error of reading them: a worker process can only raise its text."""
+        try:
+            return [self[key] for key in keys]
+        except (InputError, OSError) as error:
+            return error
+
     def place(self, lr_shape: Sequence[int], epoch: int, draw: int) -> Place:
         """Draw the place of a patch in an image whose low-resolution shape is (H, W, ...)."""
         rng = np.random.default_rng((self.seed, epoch, draw))
@@ -164,7 +173,7 @@ class PatchLoader(DataLoader):
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         batches = super().__iter__()  # in the main thread, which a signal then tells if a worker has died
-        return self.prefetch([torch.from_numpy(array) for array in arrays] for arrays in batches)
+        return self.prefetch(map(_to_tensors, batches))
 
 
 class WholeImages(Dataset):
@@ -228,8 +237,15 @@ def _check_trainable(images, patch_size):
 
 
 def _stack(pairs):
-    """N pairs of arrays (LR, HR), each (H, W, n_colors) -> [LR, HR], each (N, H, W, n_colors)."""
-    return [np.stack(images) for images in zip(*pairs, strict=True)]
+    """N pairs of arrays (LR, HR), each (H, W, n_colors) -> [LR, HR], each (N, H, W, n_colors); errors stay errors."""
+    return pairs if isinstance(pairs, Exception) else [np.stack(images) for images in zip(*pairs, strict=True)]
+
+
+def _to_tensors(arrays):
+    """Arrays from a worker process -> tensors. Raises the error that it sent instead."""
+    if isinstance(arrays, Exception):
+        raise arrays
+    return [torch.from_numpy(array) for array in arrays]
 
 
 def _turn(patch, flip_rows, flip_columns, transpose):

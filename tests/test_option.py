@@ -204,7 +204,8 @@ def test_schedules_that_are_not_given_are_proportional_to_the_epochs():
 def test_several_gpus_need_torchrun(monkeypatch):
     with pytest.raises(InputError, match=r"torchrun --nproc_per_node=2 main\.py"):
         parse(["--n_GPUs", "2"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for setting in ["WORLD_SIZE=2", "RANK=0", "LOCAL_RANK=0", "MASTER_ADDR=localhost", "MASTER_PORT=29500"]:
+        monkeypatch.setenv(*setting.split("="))
     assert parse(["--n_GPUs", "2"]).n_GPUs == 2
     with pytest.raises(
         InputError, match=r"--n_GPUs 1: 2 processes are running; start it with: torchrun --nproc_per_node=1"

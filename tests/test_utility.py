@@ -40,11 +40,6 @@ def test_an_error_with_an_argument_names_its_flag_on_the_command_line_only():
     assert error.for_command_line() == str(error) == "a.png: no such file; check the path"
 
 
-def test_an_error_of_a_worker_process_is_reduced_to_its_message():
-    text = "Caught InputError in DataLoader worker process 0.\nTraceback ...\nutility.InputError: a.png: broken\n"
-    assert str(InputError(text)) == "a.png: broken"
-
-
 def test_a_long_error_is_cut_in_the_middle_and_fits_one_line():
     text = str(InputError("x" * 10**5 + "\n" + "y " * 10**5 + "; remove it"))
     assert text.startswith("xxx")
@@ -52,22 +47,6 @@ def test_a_long_error_is_cut_in_the_middle_and_fits_one_line():
     assert " … " in text
     assert "\n" not in text
     assert 500 < len(text) < 700
-
-
-class Data(torch.utils.data.Dataset):
-    """A data set in which every image is broken."""
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        raise InputError("a.png: broken; remove it", argument="dir_data")
-
-
-def test_an_error_survives_the_way_from_a_real_worker_process():
-    with pytest.raises(InputError) as error:
-        next(iter(torch.utils.data.DataLoader(Data(), num_workers=1)))
-    assert str(error.value) == "a.png: broken; remove it"
 
 
 @pytest.mark.parametrize(

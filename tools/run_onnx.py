@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # after the folder of this file
 
-from files import InputError, write_whole
+from files import InputError, run_program, write_whole
 from picture import Picture, encode_png, list_images, read_picture, skipped_files, to_8_bits
 
 try:
@@ -191,11 +191,4 @@ def _show_progress(done, total, name):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    run_program(main)
