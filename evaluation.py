@@ -9,13 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import distributed
 from data.srdata import WholeImages
 from metrics import luma, psnr, shave, ssim
 from model.network import Cost, Network, Predict, to_numpy
-from utility import InputError, is_out_of_memory, logger, synchronize
+from utility import InputError, is_out_of_memory, logger, progress_bar, synchronize
 
 MAX_WAITING = 32  # images whose quality is computed, or waits for it
 
@@ -47,7 +46,7 @@ def evaluate(
     predict = predict or model.inference
     measured = []  # a row and its quality, once it is computed, and the Cost of each image of this process
     mine = range(distributed.rank(), len(images), distributed.world_size())
-    progress = tqdm(mine, desc=images.name, unit="image", leave=False, disable=not distributed.is_main_process())
+    progress = progress_bar(mine, distributed.is_main_process(), desc=images.name, unit="image")
     with progress, _background(model.device) as submit:
         for index in progress:
             name, lr, hr = images[index]

@@ -35,6 +35,7 @@ from utility import (
     PRECISIONS,
     InputError,
     be_deterministic,
+    free_memory,
     log_to_console,
     logger,
     run_program,
@@ -57,9 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         stored = option.check_stored(experiment.load_options(), experiment.options_path)
         args = option.parse(argv, stored)
+    ignored = option.ignored_in_tests(argv) if args.test_only else []
     torch.manual_seed(args.seed)
     be_deterministic(args.deterministic)
     device = distributed.start(args.device)
+    if ignored:
+        logger.info(f"{', '.join(ignored)}: without effect in a test")
     try:
         return test(args, device) if args.test_only else train(args, stored, device)
     finally:
@@ -74,6 +78,7 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
     deadline = time.monotonic() + args.time_limit * 60
     if args.tensorboard:
         check_tensorboard()
+    args.save = args.save or choose_name(args.reset)
     experiment = Experiment(args.save)
     state = experiment.load_checkpoint() if args.load else None
     if state and state["epoch"] > args.epochs:  # no mistake: jobs of a batch system resume a run until it is finished
@@ -83,7 +88,9 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
         check_new_run(args, experiment)
     weights = state["model"] if state else read_weights(args.pre_train) if args.pre_train else None
     model = build_network(args, weights, args.pre_train or args.load, transfer=state is None)
-    trainer = build_trainer(args, model.to(device, memory_format=torch.channels_last), experiment, deadline)
+    model = model.to(device, memory_format=torch.channels_last)
+    check_memory(args, model)
+    trainer = build_trainer(args, model, experiment, deadline)
     if state:
         trainer.load_state(state)
     if args.dry_run:
@@ -96,6 +103,24 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
     finished = fit_and_log(args, stored, trainer) if distributed.is_main_process() else trainer.fit(args.epochs)
     # Stopping at the time limit is a success: torchrun and batch systems report anything else as a failure.
     return 0 if distributed.any_rank(finished or time.monotonic() > deadline) else INTERRUPTED
+
+
+def choose_name(reset: bool) -> str:
+    """A name for a run without --save: with `reset` the default one, else the first that is not taken."""
+    names = (option.DEFAULT_NAME, *(f"{option.DEFAULT_NAME}-{number}" for number in range(2, 10**6)))
+    return next(name for name in names if reset or not Experiment(name).exists())
+
+
+def check_memory(args: argparse.Namespace, model: Network) -> None:
+    """Raise InputError if the memory is too small for a step: the system would end the process without a word."""
+    pixels = args.patch_size**2 * args.batch_size / args.split_batch / distributed.world_size()
+    maps = sum(isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) for module in model.modules())
+    needed = pixels * maps * model.n_feats * PRECISIONS[args.precision].itemsize  # what backward needs, at least
+    if model.device.type == "cpu" and needed > free_memory(model.device):
+        raise InputError(
+            f"--batch_size {args.batch_size}: a step needs more than {needed / 2**30:.0f} GiB of memory, "
+            "more than is free; use a smaller --batch_size or --patch_size, or --split_batch"
+        )
 
 
 def check_new_run(args: argparse.Namespace, experiment: Experiment) -> None:
@@ -166,6 +191,10 @@ def fit_and_log(args: argparse.Namespace, stored: dict[str, Any], trainer: Train
         write_options(experiment.options_path, {**vars(args), **origin}, option.defaults())
         n_images = len(trainer.loader.dataset)
         logger.info(f"{args.model} x{args.scale}, {model.n_parameters:,} parameters, {n_images} images, {model.device}")
+        logger.info(f"writing to {experiment.folder}")
+        if stored and (names := option.missing(stored)):
+            values = ", ".join(f"{name} {getattr(args, name)}" for name in names)
+            logger.info(f"{experiment.options_path}: lacks options of this version, or was edited; using {values}")
         for change in option.changes(args, stored):
             logger.info(f"changed: {change}")
         finished = trainer.fit(args.epochs)

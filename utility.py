@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,21 @@ def launched_processes() -> int:
     raise InputError(f"{found}: not as a launcher sets them; start with torchrun, or unset WORLD_SIZE")
 
 
+def usable_processors() -> int:
+    """How many processors this process may use: a container or batch job is often given some of them only."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def progress_bar(items: Iterable | None = None, visible: bool = True, **options: Any) -> tqdm:
+    """A bar of tqdm, with its `options`, if stderr is a terminal: a file is to hold whole lines only."""
+    return tqdm(items, leave=False, disable=None if visible else True, **options)
+
+
 def in_parallel(function: Callable, items: Sequence, n_threads: int, title: str) -> list:
     """Return [function(item) for item in items], computed in threads with a progress bar. The first error ends it."""
-    with ThreadPoolExecutor(max(1, n_threads)) as pool, tqdm(total=len(items), desc=title, leave=False) as bar:
+    with ThreadPoolExecutor(max(1, n_threads)) as pool, progress_bar(total=len(items), desc=title) as bar:
         futures = [pool.submit(function, item) for item in items]
         try:
             for future in as_completed(futures):

@@ -1,6 +1,7 @@
 """Pairs of HR and LR images: random patches for training, whole images for testing."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -136,13 +137,17 @@ class EpochSampler(Sampler):
         return (self.steps - self.first_step) * self.share
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        images = itertools.islice(self._images(), self.first_step * self.batch_size, self.steps * self.batch_size)
+        mine = range(self.rank * self.share, (self.rank + 1) * self.share)
+        for draw, image in enumerate(images, self.first_step * self.batch_size):
+            if draw % self.batch_size in mine:
+                yield image, self.epoch, draw
+
+    def _images(self):
+        """The image of each draw of the epoch, without end."""
         rng = np.random.default_rng((self.seed, self.epoch))
-        draws = self.steps * self.batch_size
-        order = np.concatenate([rng.permutation(self.n_images) for _ in range(-(-draws // self.n_images))])
-        for step in range(self.first_step, self.steps):
-            first = step * self.batch_size + self.rank * self.share
-            for draw in range(first, first + self.share):
-                yield int(order[draw]), self.epoch, draw
+        while True:
+            yield from rng.permutation(self.n_images).tolist()
 
 
 class PatchLoader(DataLoader):

@@ -34,7 +34,9 @@ def pick_engine(plan: Plan, name: str = "auto") -> Engine:
         return _BUILDERS[wanted](plan)
     except UnavailableError as error:
         if name != "auto":
-            raise InputError(f"{wanted}: {error}; choose another engine, or auto", argument="engine") from None
+            raise InputError(
+                f"{wanted} cannot run here ({error}); choose another, or auto", argument="engine"
+            ) from None
         _report(f"{wanted} engine: {error}; using plain operators, which are slower")
         return plan
 
