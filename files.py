@@ -1,4 +1,4 @@
-"""What every program here shares: the error that names a user's mistake, exit codes, and files that appear whole.
+"""What every program here shares: one-line errors, exit codes, what started it, and files that appear whole.
 
 Nothing here needs PyTorch.
 """
@@ -96,6 +96,35 @@ def _discard_unwritten(stream):
         stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+LAUNCHER_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+
+
+def launched_processes() -> int:
+    """How many processes torchrun or another launcher started, this one included; 1 without a launcher.
+
+    Clusters set some of a launcher's variables in jobs that no launcher starts; only all of them count. Raises
+    InputError if they contradict each other.
+    """
+    values = [os.environ.get(name, "") for name in LAUNCHER_VARIABLES]
+    if not all(values):
+        return 1
+    try:
+        n_processes, rank, local_rank, port = map(int, values[:4])
+        if 0 <= local_rank <= rank < n_processes and 0 < port < 2**16:
+            return n_processes
+    except ValueError:  # not a number
+        pass
+    found = ", ".join(f"{name}={value}" for name, value in zip(LAUNCHER_VARIABLES, values, strict=True))
+    raise InputError(f"{found}: not as a launcher sets them; start with torchrun, or unset WORLD_SIZE")
+
+
+def usable_processors() -> int:
+    """How many processors this process may use: a container or batch job is often given some of them only."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def is_out_of_memory(error: Exception) -> bool:

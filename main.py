@@ -2,16 +2,22 @@
 
 import argparse
 import functools
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import option
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    option.build_parser().print_help()  # before the imports below, which take seconds
+    sys.exit()
+
 import numpy as np
 import torch
 
 import distributed
-import option
 import visualize
 from checkpoint import Experiment, write_options
 from data import DataSettings, PatchSettings, build_test_sets, build_train_loader
@@ -36,6 +42,7 @@ from utility import (
     InputError,
     be_deterministic,
     free_memory,
+    has_fast_bf16,
     log_to_console,
     logger,
     run_program,
@@ -62,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     be_deterministic(args.deterministic)
     device = distributed.start(args.device)
+    if args.precision == "bf16" and device.type == "cpu" and not has_fast_bf16():
+        logger.info("--precision bf16: this processor computes bfloat16 slowly; single is faster on it")
     if ignored:
         logger.info(f"{', '.join(ignored)}: without effect in a test")
     try:
@@ -195,6 +204,8 @@ def fit_and_log(args: argparse.Namespace, stored: dict[str, Any], trainer: Train
         if stored and (names := option.missing(stored)):
             values = ", ".join(f"{name} {getattr(args, name)}" for name in names)
             logger.info(f"{experiment.options_path}: lacks options of this version, or was edited; using {values}")
+        if args.compile:
+            logger.info("--compile: the first steps compile the network, which takes a minute or more")
         for change in option.changes(args, stored):
             logger.info(f"changed: {change}")
         finished = trainer.fit(args.epochs)
@@ -234,7 +245,8 @@ def find_weights(args: argparse.Namespace, experiment: Experiment) -> str | Path
         raise InputError(f"--load {args.load}: {path} does not exist; train at least one epoch")
     if not path.is_file():
         raise InputError(
-            f"--resume {args.resume}: {path} does not exist; --save_models keeps the weights of all epochs"
+            f"--resume {args.resume}: {path} does not exist; use 0 for the best weights or -1 for the latest "
+            "(a training with --save_models keeps those of every epoch)"
         )
     return path
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from files import shorten
-from utility import PRECISIONS, InputError, launched_processes, usable_processors
+from files import InputError, launched_processes, shorten, usable_processors
 
 # Presets (--template): other defaults, which the command line overrides.
 TEMPLATES = {
@@ -44,6 +43,7 @@ DEFAULT_NAME = "test"  # of a run; a training that finds it taken chooses test-2
 RESERVED_SET_NAMES = ("demo", "video")  # of --data_test: the user's own files
 PAPER_SCHEDULES = {"decay": [200], "tau_epochs": 500, "lambda_warmup": 50}  # for 1000 epochs
 INFERENCE_MODES = ("auto", "sparse", "dense")
+PRECISIONS = ("single", "half", "bf16")
 ENGINES = ("auto", "plain", "fused", "native")
 CACHE_KINDS = ("img", "sep", "sep_reset", "bin", "device")
 LARGEST = 10**9  # of all numbers without a bound of their own: float32 and 64-bit integers hold their products

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import platform
 import sys
 import threading
 import time
@@ -18,8 +19,10 @@ import torch
 from tqdm import tqdm
 
 from files import INTERRUPTED as INTERRUPTED
+from files import LAUNCHER_VARIABLES as LAUNCHER_VARIABLES
 from files import InputError, write_whole
 from files import is_out_of_memory as is_out_of_memory
+from files import launched_processes as launched_processes
 from files import run_program as run_program
 
 try:
@@ -49,35 +52,6 @@ class Console(logging.Handler):
 def log_to_console() -> None:
     """Let a program print its log."""
     logging.basicConfig(handlers=[Console()], format="%(message)s", level=logging.INFO, force=True)
-
-
-LAUNCHER_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
-
-
-def launched_processes() -> int:
-    """How many processes torchrun or another launcher started, this one included; 1 without a launcher.
-
-    Clusters set some of a launcher's variables in jobs that no launcher starts; only all of them count. Raises
-    InputError if they contradict each other.
-    """
-    values = [os.environ.get(name, "") for name in LAUNCHER_VARIABLES]
-    if not all(values):
-        return 1
-    try:
-        n_processes, rank, local_rank, port = map(int, values[:4])
-        if 0 <= local_rank <= rank < n_processes and 0 < port < 2**16:
-            return n_processes
-    except ValueError:  # not a number
-        pass
-    found = ", ".join(f"{name}={value}" for name, value in zip(LAUNCHER_VARIABLES, values, strict=True))
-    raise InputError(f"{found}: not as a launcher sets them; start with torchrun, or unset WORLD_SIZE")
-
-
-def usable_processors() -> int:
-    """How many processors this process may use: a container or batch job is often given some of them only."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def progress_bar(items: Iterable | None = None, visible: bool = True, **options: Any) -> tqdm:
@@ -121,6 +95,12 @@ def pick_device(name: str) -> torch.device:
     except Exception:  # each kind of device fails in its own way
         raise InputError(f"no such device {name!r} on this machine; use cpu or auto", argument="device") from None
     return device
+
+
+def has_fast_bf16() -> bool:
+    """Whether this processor has instructions for products of bfloat16. True where that is unknown."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+    return not is_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def be_deterministic(wanted: bool = True) -> None:

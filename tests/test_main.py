@@ -110,7 +110,8 @@ def test_train_resume_and_test(folder):
         assert read_metrics("run")["psnr_y"] == read_metrics("check")["psnr_y"]
     path = Path("experiment/run/model/model_7.pt")
     assert mistake("--load run --test_only --resume 7") == (
-        f"--resume 7: {path} does not exist; --save_models keeps the weights of all epochs"
+        f"--resume 7: {path} does not exist; use 0 for the best weights or -1 for the latest "
+        "(a training with --save_models keeps those of every epoch)"
     )
 
 

@@ -39,7 +39,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure  # no pyplot: it may open a window system
-from tqdm import tqdm
 
 from data.image import list_images, read_image
 from model import build_model, load_model
@@ -50,7 +49,7 @@ from model.smsr import SMSR
 from model.sparse import Plan
 from option import positive_int
 from tools.baselines import Unmasked, UnmaskedAsWritten, with_density
-from tools.timing import peak_mib, timed
+from tools.timing import peak_mib, say, timed
 from utility import PRECISIONS, InputError, pick_device, write_json
 
 SAMPLE = Path(__file__).resolve().parent.parent / "testsets/benchmark/Sample"
@@ -134,10 +133,10 @@ def run(args: argparse.Namespace) -> None:
         name: model.to_input(np.repeat(image[None], args.batch, axis=0))
         for name, image in read_images(args, model.n_colors).items()
     }
-    images = [
-        {"name": name, **measure(model, edsr, x, args.repeats, args.compile)}
-        for name, x in tqdm(batches.items(), desc="images", leave=False)
-    ]
+    images = []
+    for name, x in batches.items():
+        say(f"timing {name}, {len(images) + 1} of {len(batches)}")
+        images.append({"name": name, **measure(model, edsr, x, args.repeats, args.compile)})
     report = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": args.precision,
@@ -242,7 +241,8 @@ def plot(path: Path, model: SMSR, x: torch.Tensor, repeats: int) -> None:
     """Write a figure of time against mask density, for images x (N, n_colors, H, W) in 0...rgb_range."""
     densities = [step / 10 for step in range(11)]
     times = []
-    for density in tqdm(densities, desc="densities", leave=False):
+    for density in densities:
+        say(f"timing mask density {density}")
         shifted = with_density(model, x, density)
         calls = {mode: functools.partial(shifted.inference, x, mode) for mode in ("sparse", "auto")}
         times.append(timed({"unmasked": functools.partial(Unmasked(shifted), x), **calls}, x.device, repeats))

@@ -18,13 +18,12 @@ import statistics
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from model import load_model
 from model.onnx import GRAPH_MODES, export
 from model.smsr import SMSR
 from tools.benchmark_inference import add_image_arguments, read_images
-from tools.timing import timed
+from tools.timing import say, timed
 from utility import InputError, write_json
 
 COLUMNS = ("onnx_sparse", "onnx_dense", "native_sparse", "native_dense")
@@ -44,11 +43,12 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = load_model(args.pre_train, "SMSR").to(memory_format=torch.channels_last)
+    found, images = read_images(args, model.n_colors), []
+    say("exporting the network, which takes a minute")
     sessions = build_sessions(model)
-    images = [
-        {"name": name, **measure(model, sessions, image, args.repeats)}
-        for name, image in tqdm(read_images(args, model.n_colors).items(), desc="images", leave=False)
-    ]
+    for name, image in found.items():
+        say(f"timing {name}, {len(images) + 1} of {len(found)}")
+        images.append({"name": name, **measure(model, sessions, image, args.repeats)})
     report = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -46,9 +46,9 @@ def crop(text: str) -> tuple[int, int, int, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    networks = load_networks(args.methods)
+    image, networks = read_image(args.image), load_networks(args.methods)
     scale = common_scale(networks.values(), args.scale)
-    hr = crop_to_multiple(read_image(args.image), scale)
+    hr = crop_to_multiple(image, scale)
     if not hr.size:
         raise InputError(f"--image {args.image}: the image is smaller than {scale} pixels; choose a larger one")
     x, y, width, height = args.crop

@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(
             f"--output {args.output}: cannot create its folder: {error.strerror}; choose another"
         ) from None
+    print(f"exporting {args.pre_train}, which takes a minute", file=sys.stderr, flush=True)
     graph = export(model.to(PRECISIONS[args.precision]), mode, args.pixels, args.masks)
     for key, value in metadata(args, model, mode).items():
         graph.metadata_props.add(key=f"smsr_{key}", value=str(value))

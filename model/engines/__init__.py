@@ -29,9 +29,12 @@ def pick_engine(plan: Plan, name: str = "auto") -> Engine:
     """
     wanted = FASTEST.get(plan.model.device.type, "plain") if name == "auto" else name
     if wanted == "plain":
+        _report("engine: plain (PyTorch operators)")
         return plan
     try:
-        return _BUILDERS[wanted](plan)
+        engine = _BUILDERS[wanted](plan)
+        _report(f"engine: {wanted}")
+        return engine
     except UnavailableError as error:
         if name != "auto":
             raise InputError(
