@@ -224,6 +224,8 @@ def test(args: argparse.Namespace, device: torch.device) -> int:
     model = model.to(device, PRECISIONS[args.precision], memory_format=torch.channels_last)
     if args.engine != "auto":
         model.use_engine(args.engine)
+    if args.model == "SMSR":
+        logger.info(f"engine: {model.engine}")
     predict = build_predictor(
         model, mode=args.inference, chop=args.chop, chop_size=args.chop_size, ensemble=args.self_ensemble
     )

@@ -108,7 +108,7 @@ class Forecast:
         seconds = (time.perf_counter() - self.started) / (self.LAST - self.FIRST)
         if seconds * self.steps >= self.LONG:
             logger.info(
-                f"an epoch takes about {_duration(seconds * self.steps)}: {self.steps} steps of {seconds:.2g} s; "
+                f"an epoch takes about {_duration(seconds * self.steps)}: {self.steps} steps of {seconds:.3g} s; "
                 "a lower test_every makes epochs shorter"
             )
 

@@ -50,7 +50,7 @@ def mask_sheet(name: str, lr: np.ndarray, sr: np.ndarray, masks: np.ndarray) -> 
     rows = -(-len(panels) // columns)
     height, width = lr.shape[:2]
     panel_height = min(max(3 * height / width, 1), 9)
-    figure = _new_figure(*(3 * columns, rows * (panel_height + 0.3) + 0.4))
+    figure = _new_figure(3 * columns, rows * (panel_height + 0.3) + 0.4)
     figure.suptitle(name)
     for index, (image, title) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
@@ -62,7 +62,7 @@ def mask_sheet(name: str, lr: np.ndarray, sr: np.ndarray, masks: np.ndarray) -> 
 
 def channel_sheet(channel_masks: Sequence[np.ndarray]) -> bytes:
     """A figure of the channel masks of K SMMs, bool (C, L) each, with one row per layer. White channels are dense."""
-    figure = _new_figure(*(9, 1 + 0.25 * sum(mask.shape[1] + 2 for mask in channel_masks)))
+    figure = _new_figure(9, 1 + 0.25 * sum(mask.shape[1] + 2 for mask in channel_masks))
     for k, mask in enumerate(channel_masks):
         n_feats, n_layers = mask.shape
         axes = figure.add_subplot(len(channel_masks), 1, k + 1)
@@ -91,7 +91,7 @@ def comparison(image: np.ndarray, crop: tuple[int, int, int, int], panels: Seque
     x, y, width, height = crop
     columns = 1 + len(panels)
     ratios = [image.shape[1] / image.shape[0]] + [width / height] * len(panels)
-    figure = _new_figure(*(2.4 * sum(ratios) + 0.2, 3))
+    figure = _new_figure(2.4 * sum(ratios) + 0.2, 3)
     grid = figure.add_gridspec(1, columns, width_ratios=ratios)
     for index, (panel, title) in enumerate([(image, ""), *panels]):
         axes = figure.add_subplot(grid[index])
@@ -127,7 +127,7 @@ def curves(
         label: label of the y axes
         limits: lower and upper end of the y axes, with a margin; None: as the values ask for
     """
-    figure = _new_figure(*(7, 1.2 + 2.4 * len(panels)))
+    figure = _new_figure(7, 1.2 + 2.4 * len(panels))
     grid = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (title, columns) in zip(grid, panels.items(), strict=True):
         for index, (name, column) in enumerate(columns.items()):
@@ -159,7 +159,7 @@ def mask_curves(history: Sequence[Mapping[str, float]], bins: Sequence[str]) -> 
         history: one {column: value} per epoch; rows without the bins are skipped
         bins: columns of the history, from the lowest values of m to the highest; each holds a share of the pixels
     """
-    figure = _new_figure(*(7, 3.6))
+    figure = _new_figure(7, 3.6)
     axes = figure.add_subplot(xlabel="epoch", ylabel="share of pixels")
     rows = [row for row in history if bins[0] in row]
     shares = [[row[column] for row in rows] for column in bins]

@@ -164,6 +164,57 @@ def test_a_folder_that_holds_anything_else_is_not_written_to(folder, kept):
     assert content(folder / "experiment/run") == {path.resolve(): b"mine"}
 
 
+def test_without_a_name_each_run_gets_a_folder_of_its_own(folder, capsys):
+    line = f"{TRAIN.replace('--save run', '')} --epochs 1"
+    for _ in range(3):
+        run(line)
+    assert {path.name for path in Path("experiment").iterdir()} == {"test", "test-2", "test-3"}
+    assert "writing to experiment/test-3\n" in capsys.readouterr().out
+    run(f"{line} --reset")
+    assert len(list(Path("experiment").iterdir())) == 3
+
+
+def test_options_that_are_missing_or_without_effect_are_named(folder, capsys):
+    run(f"{TRAIN} --epochs 1 --lr 1e-3")
+    stored = read_options("run")
+    del stored["options"]["lr"], stored["options"]["gclip"]
+    Path("experiment/run/options.json").write_text(json.dumps(stored))
+    run("--load run --epochs 2 --gclip 5")
+    line = "experiment/run/options.json: lacks options of this version, or was edited; using gclip 5.0, lr 0.0002\n"
+    assert line in capsys.readouterr().out
+    run("--load run --test_only --data_test Tiny2 --lr 1 --batch_size 3")
+    assert "--batch_size, --lr: without effect in a test\n" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_built(folder, monkeypatch):
+    monkeypatch.setattr("main.free_memory", lambda device: 1000)
+    message = "--batch_size 2: a step needs more than 0 GiB of memory, more than is free; use a smaller --batch_size"
+    assert mistake(f"{TRAIN} --epochs 1").startswith(message)
+    assert mistake(f"{TRAIN} --n_feats 4096 --n_layers 100 --epochs 1").startswith("--n_feats: the weights of this")
+    assert not Path("experiment").exists()
+
+
+def test_the_engine_of_a_test_is_logged(folder, capsys):
+    run(f"{TEST} --engine plain")
+    assert "engine: plain\n" in capsys.readouterr().out
+    assert mistake(f"{TEST} --engine fused").startswith("--engine: fused cannot run here (")
+
+
+def test_help_is_printed_without_importing_what_takes_seconds():
+    done = subprocess.run([sys.executable, "-X", "importtime", MAIN[1], "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--batch_size" in done.stdout
+    assert not re.search(r"\| +(torch|numpy|matplotlib|cv2)\b", done.stderr)
+
+
+def test_log_lines_fit_80_columns(folder):
+    run(f"{TRAIN} --epochs 2")
+    lines = Path("experiment/run/log.txt").read_text().splitlines()
+    printed = [line.partition(" ")[2].partition(" ")[2] for line in lines]  # without the time
+    assert sum(line.startswith("epoch ") for line in printed) == 2
+    assert all(len(line) <= 80 for line in printed if line.startswith(("epoch ", "  ")))
+
+
 def content(folder):
     """{path: bytes} of all files below a folder."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

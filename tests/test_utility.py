@@ -2,6 +2,8 @@ import errno
 import json
 import math
 import os
+import re
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import files
 from utility import (
     INTERRUPTED,
     InputError,
@@ -20,6 +23,7 @@ from utility import (
     measure_once,
     peak_memory,
     pick_device,
+    progress_bar,
     remove_unfinished,
     run_program,
     save_torch,
@@ -231,3 +235,61 @@ def test_young_unfinished_files_can_be_kept(tmp_path):
     os.utime(tmp_path / ".old.tmp", (0, 0))
     remove_unfinished(tmp_path, seconds=3600)
     assert {path.name for path in tmp_path.iterdir()} == {".young.tmp", "file.tmp"}
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {root!r})
+from files import run_program
+def main():
+    print("a line" * {count})
+run_program(main)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="writes to /dev/full")
+@pytest.mark.parametrize("count", [1, 10**6])  # with and without room in the buffer of the stream
+@pytest.mark.parametrize(
+    ("redirection", "code", "error"),
+    [
+        (">/dev/full", 2, "error: standard output.*: No space left on device\n"),
+        (">/dev/full 2>/dev/full", 2, ""),
+        (">&-", 0, ""),
+        ("| true", 141, ""),
+    ],
+)
+def test_output_that_cannot_be_written_ends_a_program_in_one_line_at_most(tmp_path, count, redirection, code, error):
+    (tmp_path / "program.py").write_text(PROGRAM.format(root=str(Path(files.__file__).parent), count=count))
+    wait = "sleep 0.2; " if "|" in redirection else ""  # until nobody reads any more
+    command = f"( {wait}{sys.executable} {tmp_path}/program.py; echo $? >{tmp_path}/code ) {redirection}"
+    if "|" not in redirection:
+        command = f"{sys.executable} {tmp_path}/program.py {redirection}; echo $? >{tmp_path}/code"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert int((tmp_path / "code").read_text()) == code
+    assert re.fullmatch(error, done.stderr)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_every_name_can_be_printed_in_every_encoding(tmp_path, encoding):
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(files.__file__).parent)!r})\n"
+        "from utility import log_to_console, logger, run_program, InputError\n"
+        "def main():\n"
+        "    log_to_console()\n"
+        "    logger.info('写真 \\udcff →')\n"
+        "    raise InputError('写真 \\udcff: broken; remove it')\n"
+        "run_program(main)\n"
+    )
+    (tmp_path / "program.py").write_text(script, encoding="utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, str(tmp_path / "program.py")], capture_output=True, env=environment)
+    assert done.returncode == 2
+    for stream in (done.stdout, done.stderr):
+        assert stream.count(b"\n") == 1
+        assert b"\\udcff" in stream
+        assert b"Traceback" not in stream
+
+
+def test_progress_bars_are_for_terminals_only(capfd):
+    assert list(progress_bar(range(3), desc="never shown")) == [0, 1, 2]
+    assert capfd.readouterr().err == ""

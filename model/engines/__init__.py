@@ -29,12 +29,9 @@ def pick_engine(plan: Plan, name: str = "auto") -> Engine:
     """
     wanted = FASTEST.get(plan.model.device.type, "plain") if name == "auto" else name
     if wanted == "plain":
-        _report("engine: plain (PyTorch operators)")
         return plan
     try:
-        engine = _BUILDERS[wanted](plan)
-        _report(f"engine: {wanted}")
-        return engine
+        return _BUILDERS[wanted](plan)
     except UnavailableError as error:
         if name != "auto":
             raise InputError(
@@ -42,6 +39,11 @@ def pick_engine(plan: Plan, name: str = "auto") -> Engine:
             ) from None
         _report(f"{wanted} engine: {error}; using plain operators, which are slower")
         return plan
+
+
+def name_of(engine: Engine) -> str:
+    """The name of an engine, of NAMES."""
+    return "plain" if isinstance(engine, Plan) else "native" if isinstance(engine, NativeEngine) else "fused"
 
 
 @functools.cache  # once per process
