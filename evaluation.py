@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 import distributed
 from data.srdata import WholeImages
 from metrics import luma, psnr, shave, ssim
 from model.network import Cost, Network, Predict, to_numpy
-from utility import InputError, is_out_of_memory, logger, synchronize
+from program import InputError, is_out_of_memory
+from utility import logger, progress_bar, synchronize
 
 MAX_WAITING = 32  # images whose quality is computed, or waits for it
 
@@ -59,7 +59,7 @@ def evaluate(
     predict = predict or model.inference
     measured, failed = {}, {}  # of this process: by index, what `_Run.measure` returns, and messages
     mine = range(distributed.rank(), len(images), distributed.world_size())
-    progress = tqdm(mine, desc=images.name, unit="image", leave=False, disable=not distributed.is_main_process())
+    progress = progress_bar(mine, distributed.is_main_process(), desc=images.name, unit="image")
     with progress, _background(model.device) as submit:
         run = _Run(model, images, predict=predict, results=results, submit=submit, warm_up=warm_up)
         for index in progress:

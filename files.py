@@ -1,45 +1,17 @@
-"""The error that names a user's mistake, files that appear whole, and a record of what results were made from.
-
-Nothing here needs PyTorch.
-"""
+"""Files that appear whole, and a record of what results were made from. Nothing here needs PyTorch."""
 
 import contextlib
 import hashlib
 import json
 import os
 import secrets
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from program import InputError
+
 MAX_NAME_BYTES = 255  # of a file, in the file systems in use
-MAX_SHOWN = 20  # failed images of a batch that are named
-
-
-class InputError(Exception):
-    """A user's mistake, described in one line: what is wrong and what to do.
-
-    argument: name of the setting at fault, which the command line shows as its flag; None if the message names a file
-    """
-
-    def __init__(self, message: str, argument: str | None = None):
-        super().__init__(message)
-        self.argument = argument
-
-    def __str__(self) -> str:
-        # A worker process of a data loader puts its whole traceback in front of the message.
-        return shorten(super().__str__().strip().rpartition("InputError: ")[2])
-
-    def for_command_line(self) -> str:
-        """The message, with the flag of the argument at fault in front of it."""
-        return f"--{self.argument}: {self}" if self.argument else str(self)
-
-
-def shorten(text: str, length: int = 600) -> str:
-    """A text in one line of at most about `length` characters: the middle is cut out, the advice at the end stays."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[: length * 2 // 3]} … {line[-length // 3 :]}"
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
@@ -99,23 +71,6 @@ def digest(paths: Iterable[Path], settings: bytes) -> str:
     except OSError:
         return ""
     return key.hexdigest()
-
-
-def report_failures(messages: Sequence[str], count: int) -> int:
-    """Print why some of `count` images failed. Returns the exit code: 1 if any did. Raises InputError if all did."""
-    if not messages:
-        return 0
-    *others, last = messages[:MAX_SHOWN]
-    if len(messages) < count:
-        print(f"error: {len(messages)} of {count} images failed, the others are done", file=sys.stderr)
-    elif len(messages) > MAX_SHOWN:
-        print(f"error: all {count} images failed, the first of them are", file=sys.stderr)
-    for message in others:
-        print(f"error: {message}", file=sys.stderr)
-    if len(messages) == count:
-        raise InputError(last)
-    print(f"error: {last}", file=sys.stderr)
-    return 1
 
 
 class Results:

@@ -2,53 +2,67 @@
 
 import argparse
 import functools
-import logging
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import option
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    option.build_parser().print_help()  # before the imports below, which take seconds
+    sys.exit()
+
 import torch
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 import distributed
-import option
 from checkpoint import Experiment, write_options
 from data import DataSettings, PatchSettings, build_test_sets, build_train_loader
 from data.device import DeviceLoader
 from data.srdata import PatchLoader
 from data.video import upscale_video
 from evaluation import evaluate, table
-from files import Results, check_outputs, digest, overwritten, report_failures
+from files import Results, check_outputs, digest, overwritten
 from loss import build_loss
 from loss.adversarial import AdversarialSettings
 from model import StateDict, build_model, read_weights
 from model.inference import build_predictor
 from model.network import Network, Predict
 from model.weights import fingerprint
-from recovery import resume_hint
+from program import INTERRUPTED, InputError, report_batch, run_program
+from recovery import report_failures, resume_hint
 from results import ResultSettings, SetResults
 from summary import TensorBoard, check_tensorboard
 from trainer import Schedules, Trainer, TrainSettings, dry_run
 from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
-from utility import INTERRUPTED, PRECISIONS, InputError, be_deterministic, logger, run_program, write_json
+from utility import PRECISIONS, be_deterministic, free_memory, has_fast_bf16, log_to_console, logger, write_json
 
 RESULTS_ADVICE = "pass --reset to overwrite it or choose another --save"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with a command line; returns the exit code. Raises InputError."""
-    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO, force=True)
+    log_to_console()
     args = option.parse(argv)
     stored = {}
     if args.load:
         experiment = Experiment(args.load, argument="load")
+        if experiment.folder.is_dir() and not experiment.exists():
+            raise InputError(
+                f"--load {args.load}: {experiment.folder} holds no checkpoint yet; "
+                f"start the run with --save {args.load} and its options"
+            )
         stored = option.check_stored(experiment.load_options(), experiment.options_path)
         args = option.parse(argv, stored)
+    ignored = option.ignored_in_tests(argv) if args.test_only else []
     torch.manual_seed(args.seed)
     be_deterministic(args.deterministic)
     device = distributed.start(args.device)
+    if args.precision == "bf16" and device.type == "cpu" and not has_fast_bf16():
+        logger.info("--precision bf16: this processor computes bfloat16 slowly; single is faster on it")
+    if ignored:
+        logger.info(f"{', '.join(ignored)}: without effect in a test")
     try:
         return test(args, device) if args.test_only else train(args, stored, device)
     finally:
@@ -63,17 +77,21 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
     deadline = time.monotonic() + args.time_limit * 60
     if args.tensorboard:
         check_tensorboard()
+    args.save = args.save or choose_name(args.reset)
     experiment = Experiment(args.save)
     state = experiment.load_checkpoint() if args.load else None
+    if state and state["epoch"] > args.epochs:  # no mistake: jobs of a batch system resume a run until it is finished
+        logger.info(f"--load {args.save}: all {state['epoch'] - 1} epochs are done; add more with --epochs")
+        return 0
     if state is None and not args.dry_run:
         check_new_run(args, experiment)
     weights = state["model"] if state else read_weights(args.pre_train) if args.pre_train else None
     model = build_network(args, weights, args.pre_train or args.load, transfer=state is None)
-    trainer = build_trainer(args, model.to(device, memory_format=torch.channels_last), experiment, deadline)
+    model = model.to(device, memory_format=torch.channels_last)
+    check_memory(args, model)
+    trainer = build_trainer(args, model, experiment, deadline)
     if state:
         trainer.load_state(state)
-        if trainer.epoch > args.epochs:
-            raise InputError(f"--load {args.save}: all {trainer.epoch - 1} epochs are done; add more with --epochs")
     if args.dry_run:
         for line in dry_run(trainer, args.epochs):
             logger.info(line)
@@ -84,6 +102,24 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
     finished = fit_and_log(args, stored, trainer) if distributed.is_main_process() else trainer.fit(args.epochs)
     # Stopping at the time limit is a success: torchrun and batch systems report anything else as a failure.
     return 0 if distributed.any_rank(finished or time.monotonic() > deadline) else INTERRUPTED
+
+
+def choose_name(reset: bool) -> str:
+    """A name for a run without --save: with `reset` the default one, else the first that is not taken."""
+    names = (option.DEFAULT_NAME, *(f"{option.DEFAULT_NAME}-{number}" for number in range(2, 10**6)))
+    return next(name for name in names if reset or not Experiment(name).exists())
+
+
+def check_memory(args: argparse.Namespace, model: Network) -> None:
+    """Raise InputError if the memory is too small for a step: the system would end the process without a word."""
+    pixels = args.patch_size**2 * args.batch_size / args.split_batch / distributed.world_size()
+    maps = sum(isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) for module in model.modules())
+    needed = pixels * maps * model.n_feats * PRECISIONS[args.precision].itemsize  # what backward needs, at least
+    if model.device.type == "cpu" and needed > free_memory(model.device):
+        raise InputError(
+            f"--batch_size {args.batch_size}: a step needs more than {needed / 2**30:.0f} GiB of memory, "
+            "more than is free; use a smaller --batch_size or --patch_size, or --split_batch"
+        )
 
 
 def check_new_run(args: argparse.Namespace, experiment: Experiment) -> None:
@@ -150,13 +186,19 @@ def build_loader(args: argparse.Namespace, device: torch.device) -> PatchLoader 
 def fit_and_log(args: argparse.Namespace, stored: dict[str, Any], trainer: Trainer) -> bool:
     """Train in the main process, which writes the log, options.json and TensorBoard; returns whether it finished."""
     experiment, model = trainer.experiment, trainer.model
-    with experiment.lock(), experiment.log_file(), logging_redirect_tqdm():
+    with experiment.lock(), report_failures(experiment), experiment.log_file():
         if args.tensorboard:
             trainer.tensorboard = TensorBoard(experiment.folder, args.images_every)
         origin = {key: stored[key] for key in option.RECORDED if key in stored}
         write_options(experiment.options_path, {**vars(args), **origin}, option.defaults())
         n_images = len(trainer.loader.dataset)
         logger.info(f"{args.model} x{args.scale}, {model.n_parameters:,} parameters, {n_images} images, {model.device}")
+        logger.info(f"writing to {experiment.folder}")
+        if stored and (names := option.missing(stored)):
+            values = ", ".join(f"{name} {getattr(args, name)}" for name in names)
+            logger.info(f"{experiment.options_path}: lacks options of this version, or was edited; using {values}")
+        if args.compile:
+            logger.info("--compile: the first steps compile the network, which takes a minute or more")
         for change in option.changes(args, stored):
             logger.info(f"changed: {change}")
         finished = trainer.fit(args.epochs)
@@ -175,6 +217,8 @@ def test(args: argparse.Namespace, device: torch.device) -> int:
     model = model.to(device, PRECISIONS[args.precision], memory_format=torch.channels_last)
     if args.engine != "auto":
         model.use_engine(args.engine)
+    if args.model == "SMSR":
+        logger.info(f"engine: {model.engine}")
     predict = build_predictor(
         model, mode=args.inference, chop=args.chop, chop_size=args.chop_size, ensemble=args.self_ensemble
     )
@@ -194,7 +238,7 @@ def test(args: argparse.Namespace, device: torch.device) -> int:
         test_set(args, model, of_set, predict)
     failures = [message for of_set in results for message in of_set.failed.values()]
     count = sum(len(of_set.images) for of_set in results)
-    return report_failures(failures, count) if distributed.is_main_process() else 0
+    return report_batch(failures, count) if distributed.is_main_process() else 0
 
 
 def check_results(args: argparse.Namespace, results: Sequence[SetResults], weights: str | Path) -> None:
@@ -232,7 +276,8 @@ def find_weights(args: argparse.Namespace, experiment: Experiment) -> str | Path
         raise InputError(f"--load {args.load}: {path} does not exist; train at least one epoch")
     if not path.is_file():
         raise InputError(
-            f"--resume {args.resume}: {path} does not exist; --save_models keeps the weights of all epochs"
+            f"--resume {args.resume}: {path} does not exist; use 0 for the best weights or -1 for the latest "
+            "(a training with --save_models keeps those of every epoch)"
         )
     return path
 

@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
-from files import InputError
+from program import InputError
 
 logger = logging.getLogger("smsr")
 ORIENTATION, ICC_PROFILE = 0x0112, 0x8773  # tags of EXIF and TIFF

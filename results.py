@@ -12,10 +12,9 @@ import schema
 import visualize
 from data.image import write_png
 from data.srdata import WholeImages
-from files import Results, check_name, check_outputs, digest
+from files import Results, check_name, check_outputs, digest, write_whole
 from model.network import Cost
 from picture import to_8_bits
-from utility import write_whole
 
 Row = dict[str, Any]  # what metrics.json says about an image
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from data.imageset import ImageSet
 from picture import image_files, name_images, skipped_files
-from utility import InputError, logger
+from program import InputError
+from utility import logger
 
 
 def find(dir_demo: str | Path) -> ImageSet:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.image import image_size, list_images
-from utility import InputError
+from program import InputError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data.image import read_image, write_png
-from utility import InputError, logger
+from program import InputError
+from utility import logger
 
 CODEC = "mp4v"
 DEFAULT_RATE = 25.0  # frames per second of the result if the source does not state a valid rate

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 import schema
+from files import write_whole
 from loading import load_tensors
-from utility import InputError, logger, save_torch, write_whole
+from program import InputError
+from utility import logger, save_torch
 
 StateDict = dict[str, torch.Tensor]
 

@@ -157,8 +157,8 @@ KINDS = {  # the file to damage, how, and what reads it
 
 def find_fault(program: Callable[[], int]) -> str | None:
     """What is wrong with the outcome of a program; None if nothing is."""
+    from program import run_program
     from tools.run_onnx import InputError as RunError
-    from utility import run_program
 
     output, errors = io.StringIO(), io.StringIO()
     code = None

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from checkpoint import Experiment, write_options
-from utility import InputError, logger, save_torch
+from program import InputError
+from utility import logger, save_torch
 
 ROOT = Path(__file__).resolve().parents[1]
 

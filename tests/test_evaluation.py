@@ -10,7 +10,7 @@ from evaluation import compare, evaluate, headline, macs_at_1280x720, mask_densi
 from metrics import psnr
 from model.inference import build_predictor
 from model.network import Cost
-from utility import InputError
+from program import InputError
 
 
 class Kept:

@@ -28,10 +28,11 @@ from model import EDSR, SMSR, load_model
 from model.inference import self_ensemble
 from option import parse
 from picture import Picture, read_picture, to_colors
+from program import CLOSED_PIPE, InputError, run_program
 from tests import icc
 from tools import compare as compare_tool
 from tools import export_onnx
-from utility import InputError, run_program
+from trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = [sys.executable, str(ROOT / "main.py")]
@@ -99,7 +100,6 @@ def test_train_resume_and_test(folder):
         "--save run: experiment/run already contains a run; choose another --save, resume with --load run, "
         "or overwrite it with --reset"
     )
-    assert mistake("--load run") == "--load run: all 2 epochs are done; add more with --epochs"
     assert run("--load run --epochs 3") == 0
     assert len(read_history("run")) == 3
 
@@ -109,7 +109,8 @@ def test_train_resume_and_test(folder):
         assert read_metrics("run")["psnr_y"] == read_metrics("check")["psnr_y"]
     path = Path("experiment/run/model/model_7.pt")
     assert mistake("--load run --test_only --resume 7") == (
-        f"--resume 7: {path} does not exist; --save_models keeps the weights of all epochs"
+        f"--resume 7: {path} does not exist; use 0 for the best weights or -1 for the latest "
+        "(a training with --save_models keeps those of every epoch)"
     )
 
 
@@ -121,17 +122,101 @@ def test_the_weights_of_every_epoch_can_be_kept_and_tested(folder):
 
 def test_a_command_that_fails_leaves_the_run_unchanged(folder):
     run(f"{TRAIN} --epochs 1")
-    before = {path: path.read_bytes() for path in Path("experiment/run").rglob("*") if path.is_file()}
+    before = content(Path("experiment/run"))
     for line, message in (
         ("--load run --epochs 2 --optimizer SGD", "--optimizer: the run uses Adam"),
         ("--load run --epochs 2 --loss L1+GAN", "--loss: GAN needs HR patches of at least 32 pixels"),
         ("--load run --epochs 2 --loss L1+GAN --patch_size 16", "--loss: the run has no discriminator for 'GAN'"),
         ("--load run --epochs 2 --scale 3", "--scale 3: the run has 2"),
         ("--load run --epochs 2 --rgb_range 1", "--rgb_range 1.0: the run has its network's own value"),
-        ("--load run", "--load run: all 1 epochs are done"),
     ):
         assert mistake(line).startswith(message)
-    assert before == {path: path.read_bytes() for path in Path("experiment/run").rglob("*") if path.is_file()}
+    assert before == content(Path("experiment/run"))
+
+
+def test_resuming_a_finished_run_changes_nothing_and_succeeds(folder, capsys):
+    run(f"{TRAIN} --epochs 1")
+    before = content(folder / "experiment/run")
+    assert run("--load run") == 0
+    assert capsys.readouterr().out.endswith("--load run: all 1 epochs are done; add more with --epochs\n")
+    assert content(folder / "experiment/run") == before
+
+
+@pytest.mark.parametrize("left", [["options.json"], ["options.json", "log.txt"], [".0123.tmp", "tensorboard/events"]])
+def test_a_run_that_died_before_its_first_checkpoint_is_started_again_by_the_same_command(folder, left):
+    for name in left:
+        path = Path("experiment/run", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("cut off")
+    message = "--load run: experiment/run holds no checkpoint yet; start the run with --save run and its options"
+    assert mistake("--load run") == message
+    assert run(f"{TRAIN} --epochs 1") == 0
+    assert run("--load run --epochs 2") == 0
+
+
+@pytest.mark.parametrize("kept", ["model/model_latest.pt", "checkpoint.pt", "log.csv", "notes.md"])
+def test_a_folder_that_holds_anything_else_is_not_written_to(folder, kept):
+    path = Path("experiment/run", kept)
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    assert "experiment/run already contains a run" in mistake(f"{TRAIN} --epochs 1")
+    assert content(folder / "experiment/run") == {path.resolve(): b"mine"}
+
+
+def test_without_a_name_each_run_gets_a_folder_of_its_own(folder, capsys):
+    line = f"{TRAIN.replace('--save run', '')} --epochs 1"
+    for _ in range(3):
+        run(line)
+    assert {path.name for path in Path("experiment").iterdir()} == {"test", "test-2", "test-3"}
+    assert "writing to experiment/test-3\n" in capsys.readouterr().out
+    run(f"{line} --reset")
+    assert len(list(Path("experiment").iterdir())) == 3
+
+
+def test_options_that_are_missing_or_without_effect_are_named(folder, capsys):
+    run(f"{TRAIN} --epochs 1 --lr 1e-3")
+    stored = read_options("run")
+    del stored["options"]["lr"], stored["options"]["gclip"]
+    Path("experiment/run/options.json").write_text(json.dumps(stored))
+    run("--load run --epochs 2 --gclip 5")
+    line = "experiment/run/options.json: lacks options of this version, or was edited; using gclip 5.0, lr 0.0002\n"
+    assert line in capsys.readouterr().out
+    run("--load run --test_only --data_test Tiny2 --lr 1 --batch_size 3")
+    assert "--batch_size, --lr: without effect in a test\n" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_built(folder, monkeypatch):
+    monkeypatch.setattr("main.free_memory", lambda device: 1000)
+    message = "--batch_size 2: a step needs more than 0 GiB of memory, more than is free; use a smaller --batch_size"
+    assert mistake(f"{TRAIN} --epochs 1").startswith(message)
+    assert mistake(f"{TRAIN} --n_feats 4096 --n_layers 100 --epochs 1").startswith("--n_feats: the weights of this")
+    assert not Path("experiment").exists()
+
+
+def test_the_engine_of_a_test_is_logged(folder, capsys):
+    run(f"{TEST} --engine plain")
+    assert "engine: plain\n" in capsys.readouterr().out
+    assert mistake(f"{TEST} --engine fused").startswith("--engine: fused cannot run here (")
+
+
+def test_help_is_printed_without_importing_what_takes_seconds():
+    done = subprocess.run([sys.executable, "-X", "importtime", MAIN[1], "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--batch_size" in done.stdout
+    assert not re.search(r"\| +(torch|numpy|matplotlib|cv2)\b", done.stderr)
+
+
+def test_log_lines_fit_80_columns(folder):
+    run(f"{TRAIN} --epochs 2")
+    lines = Path("experiment/run/log.txt").read_text().splitlines()
+    printed = [line.partition(" ")[2].partition(" ")[2] for line in lines]  # without the time
+    assert sum(line.startswith("epoch ") for line in printed) == 2
+    assert all(len(line) <= 80 for line in printed if line.startswith(("epoch ", "  ")))
+
+
+def content(folder):
+    """{path: bytes} of all files below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_resumed_run_keeps_the_origin_of_its_weights(folder):
@@ -748,6 +833,77 @@ def test_a_full_disk_is_reported_and_nothing_is_lost(folder):
     assert Path("experiment/run/checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_folder_is_deleted_ends_with_an_error_and_writes_nothing(folder, monkeypatch, replaced):
+    evaluate = Trainer._evaluate
+
+    def evaluate_and_delete(trainer):
+        shutil.rmtree("experiment/run")
+        if replaced:
+            Path("experiment/run").mkdir()
+        return evaluate(trainer)
+
+    monkeypatch.setattr(Trainer, "_evaluate", evaluate_and_delete)
+    message = "experiment/run: was deleted or moved while the run was writing to it; start it again"
+    assert mistake(f"{TRAIN} --epochs 1") == message
+    assert content(folder / "experiment") == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="writes to /dev/full")
+def test_a_log_that_cannot_be_written_ends_a_run_in_one_line(folder):
+    run(f"{TRAIN} --epochs 1")
+    Path("experiment/run/log.txt").unlink()
+    Path("experiment/run/log.txt").symlink_to("/dev/full")
+    problem = "No space left on device; fix it, then resume with: python main.py --load run"
+    assert mistake("--load run --epochs 2") == f"experiment/run/log.txt: {problem}"
+    Path("experiment/run/log.txt").unlink()
+    assert run("--load run --epochs 2") == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="writes to /dev/full")
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_console_that_cannot_be_written_ends_a_run_in_one_line(folder, is_closed):
+    run(f"{TRAIN} --epochs 1")
+    reader, writer = os.pipe() if is_closed else (None, os.open("/dev/full", os.O_WRONLY))
+    if is_closed:
+        os.close(reader)
+    line = [*MAIN, "--load", "run", "--epochs", "2"]
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == (CLOSED_PIPE if is_closed else 2)
+    assert done.stderr == ("" if is_closed else "error: standard output: No space left on device\n")
+    assert run("--load run --epochs 2") == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sends POSIX signals and reads /proc")
+def test_a_killed_worker_is_reported(folder):
+    process = start(f"{TRAIN.replace('--n_threads 0', '--n_threads 1')} --epochs 100000")
+    wait_for(Path("experiment/run/log.csv").exists)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for worker in workers:
+        os.kill(int(worker), signal.SIGKILL)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    advice = "if memory is short, use fewer, or 0; resume with: python main.py --load run"
+    assert f"error: --n_threads: a worker process was killed (Killed); {advice}\n" in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("n_threads", [0, 1])
+@pytest.mark.parametrize("set_name", ["Tiny", "benchmark/Tiny2"])
+def test_a_set_that_vanishes_during_a_run_is_named_with_what_to_do(folder, monkeypatch, n_threads, set_name):
+    run(f"{TRAIN} --epochs 1 --ext img")
+    load_state = Trainer.load_state
+
+    def load_and_delete(trainer, state):
+        load_state(trainer, state)
+        shutil.rmtree(folder / "data" / set_name)
+
+    monkeypatch.setattr(Trainer, "load_state", load_and_delete)
+    message = mistake(f"--load run --epochs 5 --n_threads {n_threads}")
+    assert re.fullmatch(r".*img\d\.png: no such file; check the path; then resume with: .* --load run", message)
+
+
 def test_tensorboard_is_optional(folder):
     pytest.importorskip("tensorboard")
     run(f"{TRAIN} --epochs 2 --tensorboard --images_every 1")
@@ -975,7 +1131,8 @@ def test_an_old_run_can_be_finished(old_run):
     assert (state["epoch"], state["step"], len(state["history"])) == (4, 0, 3)
     assert state["history"][0] == load(OLD_RUN / "checkpoint.pt")["history"][0]
     assert state["model"]["rgb_range"] == state["ema"]["module.rgb_range"] == 1
-    assert mistake(f"--load {OLD_NAME}").endswith("all 3 epochs are done; add more with --epochs")
+    assert run(f"--load {OLD_NAME}") == 0
+    assert load(old_run / "checkpoint.pt")["epoch"] == 4
 
 
 def test_an_old_run_logs_no_changed_options_when_it_is_resumed(old_run, capsys):

@@ -13,7 +13,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
-from files import InputError
 from picture import (
     Picture,
     decode,
@@ -26,6 +25,7 @@ from picture import (
     to_8_bits,
     to_colors,
 )
+from program import InputError
 from tests import icc
 
 RNG = np.random.default_rng(0)

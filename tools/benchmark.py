@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from files import check_outputs
 from option import Parser
+from program import run_program
 from tools import benchmark_data, benchmark_gpu, benchmark_inference, benchmark_onnx, benchmark_train
-from utility import run_program
 
 COMMANDS = {
     "inference": benchmark_inference,

@@ -39,10 +39,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure  # no pyplot: it may open a window system
-from tqdm import tqdm
 
 from data.image import read_image
-from files import report_failures
 from model import build_model, load_model
 from model.engines import pick_engine
 from model.engines.native import NativeEngine, NativePlan
@@ -51,9 +49,10 @@ from model.smsr import SMSR
 from model.sparse import Plan
 from option import positive_int
 from picture import image_files, name_images
+from program import InputError, report_batch
 from tools.baselines import Unmasked, UnmaskedAsWritten, with_density
-from tools.timing import peak_mib, timed
-from utility import PRECISIONS, InputError, pick_device, write_json
+from tools.timing import peak_mib, say, timed
+from utility import PRECISIONS, pick_device, write_json
 
 SAMPLE = Path(__file__).resolve().parent.parent / "testsets/benchmark/Sample"
 PLOT_FORMATS = (".png", ".svg", ".pdf")
@@ -124,7 +123,7 @@ def read_images(args: argparse.Namespace, n_colors: int) -> tuple[dict[str, np.n
         except InputError as error:
             failures.append(str(error))
     if not images:
-        report_failures(failures, len(failures))
+        report_batch(failures, len(failures))
         raise InputError(f"--images {folder}: contains no images; choose a folder of LR images")
     return images, failures
 
@@ -142,10 +141,10 @@ def run(args: argparse.Namespace) -> int:
     edsr = edsr.to(device, dtype, memory_format=torch.channels_last)
     found, failures = read_images(args, model.n_colors)
     batches = {name: model.to_input(np.repeat(image[None], args.batch, axis=0)) for name, image in found.items()}
-    images = [
-        {"name": name, **measure(model, edsr, x, args.repeats, args.compile)}
-        for name, x in tqdm(batches.items(), desc="images", leave=False)
-    ]
+    images = []
+    for name, x in batches.items():
+        say(f"timing {name}, {len(images) + 1} of {len(batches)}")
+        images.append({"name": name, **measure(model, edsr, x, args.repeats, args.compile)})
     report = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": args.precision,
@@ -162,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(args.plot, model, next(iter(batches.values())), args.repeats)
-    return report_failures(failures, len(found) + len(failures))
+    return report_batch(failures, len(found) + len(failures))
 
 
 @torch.inference_mode()
@@ -251,7 +250,8 @@ def plot(path: Path, model: SMSR, x: torch.Tensor, repeats: int) -> None:
     """Write a figure of time against mask density, for images x (N, n_colors, H, W) in 0...rgb_range."""
     densities = [step / 10 for step in range(11)]
     times = []
-    for density in tqdm(densities, desc="densities", leave=False):
+    for density in densities:
+        say(f"timing mask density {density}")
         shifted = with_density(model, x, density)
         calls = {mode: functools.partial(shifted.inference, x, mode) for mode in ("sparse", "auto")}
         times.append(timed({"unmasked": functools.partial(Unmasked(shifted), x), **calls}, x.device, repeats))

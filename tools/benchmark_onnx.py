@@ -18,15 +18,14 @@ import statistics
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from files import report_failures
 from model import load_model
 from model.onnx import GRAPH_MODES, export
 from model.smsr import SMSR
+from program import InputError, report_batch
 from tools.benchmark_inference import add_image_arguments, read_images
-from tools.timing import timed
-from utility import InputError, write_json
+from tools.timing import say, timed
+from utility import write_json
 
 COLUMNS = ("onnx_sparse", "onnx_dense", "native_sparse", "native_dense")
 RATIOS = ("speedup", "of_native")
@@ -48,12 +47,12 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = load_model(args.pre_train, "SMSR").to(memory_format=torch.channels_last)
+    (found, failures), images = read_images(args, model.n_colors), []
+    say("exporting the network, which takes a minute")
     sessions = build_sessions(model)
-    found, failures = read_images(args, model.n_colors)
-    images = [
-        {"name": name, **measure(model, sessions, image, args.repeats)}
-        for name, image in tqdm(found.items(), desc="images", leave=False)
-    ]
+    for name, image in found.items():
+        say(f"timing {name}, {len(images) + 1} of {len(found)}")
+        images.append({"name": name, **measure(model, sessions, image, args.repeats)})
     report = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(table(report)))
     if args.json:
         write_json(args.json, report)
-    return report_failures(failures, len(found) + len(failures))
+    return report_batch(failures, len(found) + len(failures))
 
 
 def build_sessions(model: SMSR) -> dict[str, object]:

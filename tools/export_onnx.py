@@ -19,12 +19,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from files import write_whole
 from model import load_model
 from model.edsr import EDSR
 from model.network import Network
 from model.onnx import GRAPH_MODES, OPSET, PIXELS, export
 from option import Parser
-from utility import PRECISIONS, InputError, run_program, write_whole
+from program import InputError, run_program
+from utility import PRECISIONS
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(
             f"--output {args.output}: cannot create its folder: {error.strerror}; choose another"
         ) from None
+    print(f"exporting {args.pre_train}, which takes a minute", file=sys.stderr, flush=True)
     graph = export(model.to(PRECISIONS[args.precision]), mode, args.pixels, args.masks)
     for key, value in facts.items():
         graph.metadata_props.add(key=f"smsr_{key}", value=str(value))

@@ -10,11 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from files import check_outputs
+from files import check_outputs, write_whole
 from model import load_model
 from model.smsr import SMSR
 from option import Parser, png
-from utility import InputError, run_program, write_whole
+from program import InputError, run_program
 from visualize import channel_sheet
 
 

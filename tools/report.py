@@ -31,9 +31,10 @@ from data import find_set
 from data.image import read_image
 from data.resize import upscale
 from evaluation import mask_densities
+from files import write_whole
 from loading import load_json
 from option import Parser, count, flag_value, positive_int
-from utility import InputError, run_program, write_whole
+from program import InputError, run_program
 
 # Table 2 of the paper: multiply-adds (G) for an output of 1280x720, PSNR (dB) and SSIM on Y.
 PUBLISHED = {

@@ -2,8 +2,8 @@
 
     python tools/run_onnx.py --model smsr_x2.onnx --input photos --output upscaled
 
-This needs onnxruntime, numpy, pillow, and two more files of this project: copy run_onnx.py, picture.py and files.py
-into one folder anywhere. TIFF images and 16 bits per channel also need tifffile and opencv-python-headless.
+This needs onnxruntime, numpy, pillow, and three more files of this project: copy run_onnx.py, picture.py, files.py and
+program.py into one folder anywhere. TIFF images and 16 bits per channel also need tifffile and opencv-python-headless.
 
 It writes <name>_x<scale>_SR.png for each image. Another call skips the images that are done, so an interrupted one
 resumes; it does not overwrite results of another network or of other images. Alpha and color profiles are kept. So are
@@ -21,8 +21,9 @@ import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # after the folder of this file
 
-from files import InputError, Results, check_name, check_outputs, digest, report_failures, write_whole
+from files import Results, check_name, check_outputs, digest, write_whole
 from picture import Picture, encode_png, image_files, name_images, read_picture, skipped_files, to_8_bits
+from program import InputError, report_batch, run_program
 
 try:
     import onnxruntime
@@ -218,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _show_progress(len(images), len(images), "")
     if count := len(images) - len(failures):
         print(f"{count} upscaled image{'s' * (count != 1)} in {args.output}")
-    return report_failures(failures, len(images))
+    return report_batch(failures, len(images))
 
 
 def _show_progress(done, total, name):
@@ -229,14 +230,4 @@ def _show_progress(done, total, name):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as mistake:
-        print(f"error: {mistake.for_command_line()}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    run_program(main)

@@ -7,7 +7,7 @@ import pytest
 
 from data import DataSettings, PatchSettings, build_test_sets, build_train_loader, find_set, take_range
 from data.srdata import WholeImages
-from utility import InputError
+from program import InputError
 
 SMALL = PatchSettings(patch_size=8, ext="img", n_threads=0)
 

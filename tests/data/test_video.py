@@ -9,7 +9,7 @@ import torch
 from data import video
 from data.video import upscale_video
 from main import main
-from utility import InputError
+from program import InputError
 
 
 def write_clip(path, count=7, size=(24, 32), rate=12.5):

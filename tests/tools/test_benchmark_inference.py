@@ -10,11 +10,11 @@ import torch
 from model.edsr import EDSR
 from model.engines.build import find_compiler
 from model.smsr import SMSR
+from program import InputError
 from tools.baselines import Unmasked, UnmaskedAsWritten, with_density
 from tools.benchmark import main
 from tools.benchmark_inference import largest_difference
 from tools.timing import peak_mib, timed
-from utility import InputError
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from data.resize import downscale, upscale
 from evaluation import compare
 from model.edsr import EDSR
 from model.smsr import SMSR
+from program import InputError
 from tools.compare import main
-from utility import InputError
 
 
 @pytest.fixture
@@ -50,6 +50,7 @@ def test_methods_are_shown_side_by_side(folder, capsys):
         ("--crop 0,0,5,5 --methods smsr.pt x3.pt", "x2, x3"),
         ("--crop 0,0,5,5 --methods smsr.pt --scale 4", "x2, x4"),
         ("--crop 0,0,5,5 --methods absent.pt", "absent.pt"),
+        ("--crop 0,0,5,5 --methods bicubic hr --image absent.png", "^absent.png: no such file"),
         ("--crop 0,0,5,5 --methods bicubic --scale 60", "hr.png: the image is smaller than 60"),
     ],
 )

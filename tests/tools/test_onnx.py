@@ -13,12 +13,12 @@ from PIL import ImageCms
 from data.image import read_image, write_png
 from model import build_model
 from picture import Picture, read_picture, to_8_bits
+from program import InputError
 from tools.benchmark import main as benchmark_main
 from tools.export_onnx import main as export_main
 from tools.export_onnx import project_version
 from tools.run_onnx import Network
 from tools.run_onnx import main as run_main
-from utility import InputError
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -53,7 +53,7 @@ def test_a_folder_of_images_without_torch(folder, tiny):
 
 
 def test_run_onnx_needs_two_other_files_of_the_project(folder):
-    for name in ("tools/run_onnx.py", "picture.py", "files.py"):
+    for name in ("tools/run_onnx.py", "picture.py", "files.py", "program.py"):
         shutil.copy(REPOSITORY / name, ".")
     program = "import run_onnx, sys; run_onnx.main(); "
     program += "assert not {'torch', 'utility', 'option', 'model', 'data', 'cv2', 'tifffile'} & set(sys.modules)"

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from model.edsr import EDSR
+from program import InputError
 from tools.plot_masks import main
-from utility import InputError
 
 
 def test_channel_masks_are_counted_and_drawn(tmp_path, tiny, capsys):

@@ -9,9 +9,9 @@ import torch
 import main
 from data.image import write_png
 from option import flag_value
+from program import InputError
 from tools.report import _worst_region
 from tools.report import main as report
-from utility import InputError
 
 
 @pytest.fixture
