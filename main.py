@@ -237,20 +237,21 @@ def save_masks(folder: Path, stem: str, lr: np.ndarray, sr: np.ndarray, masks: n
 def test_video(args: argparse.Namespace, experiment: Experiment, model: Network, predict: Predict) -> int:
     """Upscale the video --dir_demo; returns the exit code."""
     clip = Path(args.dir_demo)
-    folder = experiment.create_results("video", args.scale, args.reset)
+    folder = experiment.create_results("video", args.scale)
     target = folder / f"{clip.stem}_x{args.scale}_SR.mp4"
-    if target.exists():
+    if target.exists() and not args.reset:
         raise InputError(f"{target}: already exists; pass --reset to overwrite it or choose another --save")
     weights = b"".join(value.float().cpu().numpy().tobytes() for value in model.state_dict().values())
     count = upscale_video(
         functools.partial(model.upscale, predict=predict),
         clip,
         target,
+        scale=args.scale,
         n_colors=args.n_colors,
         key=weights + repr((args.precision, args.self_ensemble)).encode(),
     )
     write_options(folder / "options.json", vars(args), option.defaults())
-    logger.info(f"{count} frames, without sound, written to {target}")
+    logger.info(f"{count} frames written to {target}")
     return 0
 
 
