@@ -191,7 +191,7 @@ def read_info(path: Path) -> ClipInfo:
             logger.warning(f"{path}: is interlaced, and the result will show it; deinterlace it first")
         return ClipInfo(
             stored_size=(frame.width, frame.height),
-            stored_aspect=clip.video.sample_aspect_ratio or Fraction(1),
+            stored_aspect=clip.video.sample_aspect_ratio or clip.video.codec_context.sample_aspect_ratio or Fraction(1),
             turn=_turn(frame),
             matrix=matrix,
             primaries=frame.color_primaries,

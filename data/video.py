@@ -65,7 +65,7 @@ def _key(path, key):
 
 
 def _upscale_frames(upscale, clip: ClipReader, writer: ClipWriter, frames, n_colors):
-    """Write all frames and the sound of the clip. The folder `frames` keeps <index>.png. Returns the number of frames."""
+    """Write all frames and the sound of the clip, and keep the frames as <index>.png. Returns the number of frames."""
     count = 0
     with tqdm(total=writer.info.n_frames or None, desc=clip.path.name, unit="frame", leave=False) as bar:
         for item in clip:
