@@ -104,10 +104,11 @@ class ClipInfo:
 class ClipReader:
     """Reads a video file once: iteration gives its frames and the packets of its sound, in the order of the file.
 
-    Damaged parts are left out. Raises InputError if the file is not a video or PyAV is not installed.
+    Damaged parts are left out and counted in `n_damaged`. Raises InputError if the file is not a video, or if PyAV is
+    not installed.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, with_sound: bool = False):
         self.path = path
         self.av = import_pyav(path)
         problem = InputError(f"{path}: not a video that PyAV can read; give a video file, e.g. clip.mp4")
@@ -123,11 +124,11 @@ class ClipReader:
         if self.video is None or format_name in NOT_VIDEOS or format_name.endswith("_pipe"):
             self.container.close()
             raise problem
-        self.sound = [stream for stream in self.container.streams.audio if stream.codec_context]
+        self.sound = [stream for stream in self.container.streams.audio if stream.codec_context] if with_sound else []
         self.start = Fraction(self.container.start_time or 0, self.av.time_base)
         self._end = Fraction(0)  # of what was read so far, in seconds
         self._n_frames = 0
-        self._n_damaged = 0
+        self.n_damaged = 0
 
     def __enter__(self) -> "ClipReader":
         return self
@@ -146,24 +147,24 @@ class ClipReader:
                 elif packet.dts is not None:
                     yield packet
         except self.av.FFmpegError:  # the rest of the file cannot be read
-            self._n_damaged += 1
+            self.n_damaged += 1
             yield from self._decode(None)
 
     def _decode(self, packet):
         try:
             frames = self.video.codec_context.decode(packet)
         except self.av.FFmpegError:
-            self._n_damaged += 1
+            self.n_damaged += 1
             return
         for frame in frames:
             self._n_frames += 1
-            self._n_damaged += frame.is_corrupt
+            self.n_damaged += frame.is_corrupt
             yield frame
 
     def log_damage(self) -> None:
         """Log one line if parts of the file could not be read."""
         end, stated = float(self._end), float(Fraction(self.container.duration or 0, self.av.time_base))
-        if self._n_damaged:
+        if self.n_damaged:
             of = f" of {self.video.frames}" if self.video.frames else ""
             logger.warning(f"{self.path}: is damaged; {self._n_frames}{of} frames could be decoded")
         elif end < stated - MAX_MISSING:
@@ -226,38 +227,16 @@ def _turn(frame):
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def open_writer(path: Path, target: Path, info: ClipInfo, scale: int, clip: ClipReader) -> "ClipWriter":
-    """Open the writer of an upscaled video, with the sound of the source if MP4 files can hold it; else log that.
-
-    Raises InputError as `ClipWriter` does, see there.
-    """
-    with reporting(target):
-        try:
-            return ClipWriter(path, target, info, scale, clip.sound)
-        except (clip.av.FFmpegError, ValueError):
-            if not clip.sound:
-                raise
-            writer = ClipWriter(path, target, info, scale)
-            codecs = ", ".join(sorted({stream.codec_context.name for stream in clip.sound}))
-            logger.warning(f"{clip.path}: MP4 files cannot hold its sound ({codecs}), so the result is silent")
-            return writer
-
-
-@contextlib.contextmanager
-def reporting(target: Path) -> Iterator[None]:
-    """Turn an error of FFmpeg about a file that is written into an InputError about `target`."""
-    try:
-        yield
-    except import_pyav(target).FFmpegError as error:
-        raise InputError(f"{target}: cannot be written: {error.strerror}; free some disk space and try again") from None
+class SoundError(Exception):
+    """An MP4 file cannot hold this sound: the codec does not fit, or the sound is damaged."""
 
 
 class ClipWriter:
     """Writes an MP4 file `path` with the colors and the pixel shape of a video: H.264, or MPEG-4 without libx264.
 
     sound: streams of another file, whose packets are going to be copied
-    Raises InputError about `target` if frames of this size cannot be encoded, or if the file cannot be written.
-    Raises ValueError or FFmpegError if MP4 files cannot hold the sound.
+    Raises InputError about `target` if frames of this size cannot be encoded or the file cannot be written. Any method
+    may raise SoundError.
     """
 
     def __init__(self, path: Path, target: Path, info: ClipInfo, scale: int, sound: Sequence["av.AudioStream"] = ()):
@@ -266,11 +245,14 @@ class ClipWriter:
         self.height, self.width = (scale * length + scale * length % 2 for length in info.size)  # chroma has half of it
         self._last, self._next = -1, 0  # times of the last frame, and of one that has none
         self._last_sound = {}  # by track
-        self.container = self.av.open(str(path), "w", format="mp4", container_options={"movflags": "faststart"})
+        self.has_sound = bool(sound)
+        with self._reporting():
+            self.container = self.av.open(str(path), "w", format="mp4", container_options={"movflags": "faststart"})
         try:
             self.video = self._add_video()
-            self.tracks = {stream.index: self.container.add_stream_from_template(stream) for stream in sound}
-            self.container.start_encoding()
+            with self._reporting():
+                self.tracks = {stream.index: self.container.add_stream_from_template(stream) for stream in sound}
+                self.container.start_encoding()
         except BaseException:
             self.close()
             raise
@@ -316,21 +298,24 @@ class ClipWriter:
         frame.pts, frame.duration, frame.time_base = self._last, step, time_base
         self._mux(self.video.encode(frame))
 
-    def copy(self, packet: "av.Packet") -> None:
-        """Append a packet of sound, unless the sound is left out or the packet is damaged."""
-        track = self.tracks.get(packet.stream_index)
-        if track is None or None in (packet.pts, packet.dts) or packet.dts <= self._last_sound.get(track, -math.inf):
-            return
+    def copy(self, packet: "av.Packet") -> bool:
+        """Append a packet of sound, unless it is damaged. Returns whether it was appended."""
+        track = self.tracks[packet.stream_index]
+        if None in (packet.pts, packet.dts) or packet.dts <= self._last_sound.get(track, -math.inf):
+            return False
         self._last_sound[track] = packet.dts
         offset = round(self.info.start / packet.time_base)
         packet.pts, packet.dts, packet.stream = packet.pts - offset, packet.dts - offset, track
-        with contextlib.suppress(self.av.error.InvalidDataError):
-            self._mux(packet)
+        try:
+            self.container.mux(packet)
+        except self.av.error.InvalidDataError:
+            return False
+        return True
 
     def finish(self) -> None:
         """Write everything that is left."""
         self._mux(self.video.encode(None))
-        with reporting(self.target):
+        with self._reporting():
             self.container.close()
 
     def close(self) -> None:
@@ -339,5 +324,17 @@ class ClipWriter:
             self.container.close()
 
     def _mux(self, packets):
-        with reporting(self.target):
+        with self._reporting():
             self.container.mux(packets)
+
+    @contextlib.contextmanager
+    def _reporting(self):
+        try:
+            yield
+        except (self.av.FFmpegError, ValueError) as error:
+            if self.has_sound and isinstance(error, ValueError):  # OSError is about the file
+                raise SoundError from error
+            reason = getattr(error, "strerror", error)
+            raise InputError(
+                f"{self.target}: cannot be written: {reason}; free some disk space and try again"
+            ) from None

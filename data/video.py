@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.clip import ClipReader, ClipWriter, open_writer, read_info
+from data.clip import ClipReader, ClipWriter, SoundError, read_info
 from data.image import read_image, write_png
 from picture import to_colors
+from utility import logger
 
 
 def upscale_video(
@@ -45,11 +46,20 @@ def upscale_video(
     frames = target.with_name(f"frames-{_key(path, key)}")
     frames.mkdir(exist_ok=True)
     unfinished = frames / f"{os.getpid()}.tmp"
+
+    def write(with_sound):
+        with (
+            ClipReader(path, with_sound) as clip,
+            contextlib.closing(ClipWriter(unfinished, target, info, scale, clip.sound)) as writer,
+        ):
+            return _upscale_frames(upscale, clip, writer, frames=frames, n_colors=n_colors)
+
     try:
-        with ClipReader(path) as clip, contextlib.closing(open_writer(unfinished, target, info, scale, clip)) as writer:
-            count = _upscale_frames(upscale, clip, writer, frames=frames, n_colors=n_colors)
-            writer.finish()
-            clip.log_damage()
+        try:
+            count = write(with_sound=True)
+        except SoundError:
+            logger.warning(f"{path}: MP4 files cannot hold its sound, so the result is silent")
+            count = write(with_sound=False)  # frames that are finished are not upscaled again
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -70,7 +80,7 @@ def _upscale_frames(upscale, clip: ClipReader, writer: ClipWriter, frames, n_col
     with tqdm(total=writer.info.n_frames or None, desc=clip.path.name, unit="frame", leave=False) as bar:
         for item in clip:
             if isinstance(item, clip.av.Packet):
-                writer.copy(item)
+                clip.n_damaged += not writer.copy(item)
                 continue
             finished = frames / f"{count:06}.png"
             if not finished.exists():
@@ -78,4 +88,6 @@ def _upscale_frames(upscale, clip: ClipReader, writer: ClipWriter, frames, n_col
             writer.write(read_image(finished), item)
             count += 1
             bar.update()
+    writer.finish()
+    clip.log_damage()
     return count

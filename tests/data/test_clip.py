@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.clip import ClipReader, open_writer, read_info
+from data.clip import ClipReader, ClipWriter, SoundError, read_info
 from tests.data.clips import LUMA, Content, av, flat_yuv, to_yuv, write_clip, write_sound
 from utility import InputError
 
@@ -27,8 +27,8 @@ def noise(count, size=(48, 64)):
 def copy_clip(source, target, scale=1):
     """Read a video and write it, enlarged with nearest neighbors."""
     info = read_info(source)
-    with ClipReader(source) as clip:
-        writer = open_writer(target, target, info, scale, clip)
+    with ClipReader(source, with_sound=True) as clip:
+        writer = ClipWriter(target, target, info, scale, clip.sound)
         for item in clip:
             if isinstance(item, av.Packet):
                 writer.copy(item)
@@ -161,11 +161,8 @@ def test_odd_sizes_are_padded_by_repeating_the_border(tmp_path, size):
 
 def test_sizes_that_the_encoder_refuses_are_reported(tmp_path):
     path = write_clip(tmp_path / "a.mkv", [flat(size=(16, 8400))], pix_fmt="bgr0")
-    with (
-        ClipReader(path) as clip,
-        pytest.raises(InputError, match=r"out\.mp4: \w+ cannot encode 16800x32 pixels; use a"),
-    ):
-        open_writer(tmp_path / "unfinished", tmp_path / "out.mp4", read_info(path), 2, clip)
+    with pytest.raises(InputError, match=r"out\.mp4: \w+ cannot encode 16800x32 pixels; use a smaller video or scale"):
+        ClipWriter(tmp_path / "unfinished", tmp_path / "out.mp4", read_info(path), scale=2)
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -215,12 +212,10 @@ def test_sound_is_copied(tmp_path, caplog, name, codec):
     assert caplog.text == ""
 
 
-def test_sound_that_mp4_cannot_hold_is_left_out(tmp_path, caplog):
+def test_sound_that_mp4_cannot_hold_is_refused(tmp_path):
     path = write_clip(tmp_path / "a.wmv", noise(3), codec="wmv2", pix_fmt="yuv420p", sound=["wmav2"])
-    result = copy_clip(path, tmp_path / "b.mp4")
-    assert result.sound == []
-    assert len(result.frames) == 3
-    assert f"{path}: MP4 files cannot hold its sound (wmav2), so the result is silent" in caplog.text
+    with pytest.raises(SoundError):
+        copy_clip(path, tmp_path / "b.mp4")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -241,8 +236,8 @@ def test_without_an_h264_encoder_results_are_mpeg4(tmp_path, monkeypatch):
     result = copy_clip(path, tmp_path / "b.mp4")
     assert result.codec == "mpeg4"
     assert [float(time) for time in result.times] == pytest.approx([time / 90000 for time in times], abs=2e-5)
-    with ClipReader(path) as clip, pytest.raises(InputError, match="mpeg4 cannot encode 8192x6144 pixels"):
-        open_writer(tmp_path / "unfinished", tmp_path / "out.mp4", read_info(path), 128, clip)
+    with pytest.raises(InputError, match="mpeg4 cannot encode 8192x6144 pixels"):
+        ClipWriter(tmp_path / "unfinished", tmp_path / "out.mp4", read_info(path), scale=128)
 
 
 @pytest.mark.parametrize("name", ["long.avi", "long.ts", "long.mkv"])

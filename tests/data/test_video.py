@@ -73,6 +73,27 @@ def test_frames_that_change_their_size_are_scaled(folder):
     assert shapes == [(24, 32, 3)] * 6
 
 
+def test_sound_is_copied_or_named(folder, caplog):
+    frames = [np.full((24, 32, 3), 90, np.uint8)] * 25
+    for name, codec, sound in (("a.mkv", "mpeg4", "aac"), ("a.wmv", "wmv2", "wmav2")):
+        write_clip(name, frames, codec=codec, pix_fmt="yuv420p", sound=[sound])
+        assert upscale(folder, clip=name) == 25
+        assert bool(Content("out.mp4").sound) == (name == "a.mkv")
+    assert caplog.messages == [f"{folder / 'a.wmv'}: MP4 files cannot hold its sound, so the result is silent"]
+
+
+def test_damaged_sound_is_left_out_and_named(folder, caplog):
+    path = write_clip("a.ts", [np.full((24, 32, 3), 90, np.uint8)] * 25, "mpeg2video", "yuv420p", sound=["aac"])
+    packets = Content(path).sound
+    content = path.read_bytes()
+    for _, packet in packets:  # as ADTS, each with its own header
+        content = content.replace(packet[:2], b"\0\0")
+    path.write_bytes(content)
+    assert upscale(folder, clip="a.ts") == 25
+    assert len(Content("out.mp4").sound) < len(packets)
+    assert caplog.messages
+
+
 # ---- interruptions ---------------------------------------------------------------------------------------------------
 
 
