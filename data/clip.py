@@ -20,13 +20,8 @@ if TYPE_CHECKING:  # the package is optional, because only videos need it
 
 OLDEST_PYAV = 17
 BT709, BT601, UNKNOWN, BT2020 = 1, 6, 2, 9
-SWSCALE_MATRICES = {
-    1: 1,
-    4: 4,
-    5: 5,
-    6: 5,
-    7: 7,
-}  # number in the file -> in PyAV: BT.709, FCC, BT.601 (two), SMPTE 240M
+# Number in the file -> in PyAV: BT.709, FCC, BT.601 (two numbers), SMPTE 240M.
+SWSCALE_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7}
 HDR_TRANSFERS = (16, 18)  # PQ and HLG
 LIMITED, FULL = 1, 2  # luma 16...235 or 0...255
 # Flags of FFmpeg's scaler, which PyAV 17 does not name: bicubic, rounded, chroma interpolated when read and written.
@@ -120,8 +115,7 @@ class ClipReader:
         except (self.av.FFmpegError, ValueError):
             raise problem from None
         self.video = self.container.streams.best("video")
-        format_name = self.container.format.name
-        if self.video is None or format_name in NOT_VIDEOS or format_name.endswith("_pipe"):
+        if not self._holds_a_video():
             self.container.close()
             raise problem
         self.sound = [stream for stream in self.container.streams.audio if stream.codec_context] if with_sound else []
@@ -129,6 +123,12 @@ class ClipReader:
         self._end = Fraction(0)  # of what was read so far, in seconds
         self._n_frames = 0
         self.n_damaged = 0
+
+    def _holds_a_video(self):
+        format_name = self.container.format.name
+        if self.video is None or format_name in NOT_VIDEOS or format_name.endswith("_pipe"):
+            return False
+        return not self.video.disposition & self.av.stream.Disposition.attached_pic  # the cover of a piece of music
 
     def __enter__(self) -> "ClipReader":
         return self
@@ -296,7 +296,7 @@ class ClipWriter:
         self._last = max(time, self._last + 1)  # times increase, even if those of a damaged file do not
         self._next = self._last + step
         frame.pts, frame.duration, frame.time_base = self._last, step, time_base
-        self._mux(self.video.encode(frame))
+        self._encode(frame)
 
     def copy(self, packet: "av.Packet") -> bool:
         """Append a packet of sound, unless it is damaged. Returns whether it was appended."""
@@ -306,15 +306,16 @@ class ClipWriter:
         self._last_sound[track] = packet.dts
         offset = round(self.info.start / packet.time_base)
         packet.pts, packet.dts, packet.stream = packet.pts - offset, packet.dts - offset, track
-        try:
-            self.container.mux(packet)
-        except self.av.error.InvalidDataError:
-            return False
+        with self._reporting():
+            try:
+                self.container.mux(packet)
+            except self.av.error.InvalidDataError:
+                return False
         return True
 
     def finish(self) -> None:
         """Write everything that is left."""
-        self._mux(self.video.encode(None))
+        self._encode(None)
         with self._reporting():
             self.container.close()
 
@@ -323,9 +324,9 @@ class ClipWriter:
         with contextlib.suppress(Exception):  # what cannot be written now was reported, or is thrown away
             self.container.close()
 
-    def _mux(self, packets):
+    def _encode(self, frame):
         with self._reporting():
-            self.container.mux(packets)
+            self.container.mux(self.video.encode(frame))
 
     @contextlib.contextmanager
     def _reporting(self):

@@ -50,7 +50,7 @@ def upscale_video(
     def write(with_sound):
         with (
             ClipReader(path, with_sound) as clip,
-            contextlib.closing(ClipWriter(unfinished, target, info, scale, clip.sound)) as writer,
+            contextlib.closing(ClipWriter(unfinished, target, info, scale=scale, sound=clip.sound)) as writer,
         ):
             return _upscale_frames(upscale, clip, writer, frames=frames, n_colors=n_colors)
 

@@ -28,7 +28,7 @@ def copy_clip(source, target, scale=1):
     """Read a video and write it, enlarged with nearest neighbors."""
     info = read_info(source)
     with ClipReader(source, with_sound=True) as clip:
-        writer = ClipWriter(target, target, info, scale, clip.sound)
+        writer = ClipWriter(target, target, info, scale=scale, sound=clip.sound)
         for item in clip:
             if isinstance(item, av.Packet):
                 writer.copy(item)
@@ -275,8 +275,14 @@ def test_what_is_not_a_video_is_refused(tmp_path):
     with av.open(str(tmp_path / "sound.m4a"), "w") as container:
         track = container.add_stream("aac")
         write_sound(container, track, seconds=1)
+    with av.open(str(tmp_path / "cover.m4a"), "w", format="mp4") as container:
+        cover, track = container.add_stream("mjpeg"), container.add_stream("aac")
+        cover.codec_context.pix_fmt = "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame(640, 480, "yuvj420p")))
+        write_sound(container, track, seconds=1)
     names = [path.name for path in tmp_path.iterdir()]
-    assert len(names) == 6
+    assert len(names) == 7
     for name in [*names, "absent.mp4"]:
         with pytest.raises(InputError, match=f"{name}: not a video that PyAV can read; give a video file"):
             read_info(tmp_path / name)
