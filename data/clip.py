@@ -19,7 +19,9 @@ if TYPE_CHECKING:  # the package is optional, because only videos need it
     import av
 
 OLDEST_PYAV = 17
-BT709, BT601, UNKNOWN, BT2020 = 1, 6, 2, 9
+BT709, BT601, BT2020 = 1, 6, 9
+UNKNOWN = (0, 2, 3)  # primaries and transfer then get the number of the matrix: browsers ignore incomplete tags
+BT470_TRANSFERS = {5: 6}  # the one exception, BT.601 at 25 frames per second
 # Number in the file -> in PyAV: BT.709, FCC, BT.601 (two numbers), SMPTE 240M.
 SWSCALE_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7}
 HDR_TRANSFERS = (16, 18)  # PQ and HLG
@@ -195,8 +197,8 @@ def read_info(path: Path) -> ClipInfo:
             stored_aspect=clip.video.sample_aspect_ratio or clip.video.codec_context.sample_aspect_ratio or Fraction(1),
             turn=_turn(frame),
             matrix=matrix,
-            primaries=frame.color_primaries,
-            transfer=frame.color_trc,
+            primaries=matrix if frame.color_primaries in UNKNOWN else frame.color_primaries,
+            transfer=BT470_TRANSFERS.get(matrix, matrix) if frame.color_trc in UNKNOWN else frame.color_trc,
             rate=clip.video.guessed_rate or DEFAULT_RATE,
             time_base=clip.video.time_base,
             start=clip.start,
@@ -208,7 +210,7 @@ def _matrix(frame):
     """The matrix between RGB and YUV, as players assume it if the file does not say."""
     if frame.format.is_rgb:
         return BT709  # of the result
-    if frame.colorspace != UNKNOWN:
+    if frame.colorspace not in UNKNOWN:
         return frame.colorspace
     return BT709 if frame.width >= 1280 or frame.height > 576 else BT601
 

@@ -1,3 +1,4 @@
+import base64
 import re
 import socket
 import sys
@@ -72,7 +73,7 @@ def test_colors_are_read_in_every_layout(tmp_path, pix_fmt):
 def test_videos_that_do_not_name_a_matrix_are_read_as_players_do(tmp_path, size, matrix):
     path = write_clip(tmp_path / "a.mkv", [flat_yuv(to_yuv((200, 60, 40), matrix).round(), size=size)])
     assert first_image(path)[0, 0].tolist() == pytest.approx([200, 60, 40], abs=2)
-    assert copy_clip(path, tmp_path / "b.mp4").tags[0] == matrix
+    assert copy_clip(path, tmp_path / "b.mp4").tags == (matrix, 1, matrix, matrix)
 
 
 @pytest.mark.parametrize("matrix", LUMA)
@@ -227,6 +228,32 @@ def test_results_play_in_browsers(tmp_path):
     assert (result.codec, result.pix_fmt) == ("h264", "yuv420p")
     content = (tmp_path / "b.mp4").read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")  # playback starts before the whole file is there
+
+
+PLAY = """
+const done = arguments[1], video = document.createElement("video"), canvas = document.createElement("canvas");
+video.onerror = () => done(video.error.message);
+video.onloadeddata = () => { video.currentTime = 0.1; };
+video.onseeked = () => {
+    canvas.width = video.videoWidth;
+    canvas.height = video.videoHeight;
+    const context = canvas.getContext("2d");
+    context.drawImage(video, 0, 0);
+    done([canvas.width, canvas.height, video.duration, ...context.getImageData(50, 50, 1, 1).data]);
+};
+video.src = "data:video/mp4;base64," + arguments[0];
+"""
+
+
+def test_a_browser_shows_the_right_shape_and_colors(tmp_path, browser):
+    for matrix, size in ((1, (90, 160)), (6, (90, 160)), (1, (720, 1280)), (6, (720, 1280))):
+        frame = flat_yuv(to_yuv((200, 60, 40), matrix).round(), size=size)
+        path = tmp_path / "a.mp4"
+        write_clip(path, [frame] * 5, "libx264", "yuv444p", colorspace=matrix, sample_aspect_ratio=Fraction(4, 3))
+        copy_clip(path, tmp_path / "b.mp4")
+        content = base64.b64encode((tmp_path / "b.mp4").read_bytes()).decode()
+        shown = browser.execute_async_script(PLAY, content)
+        assert shown == pytest.approx([round(size[1] * 4 / 3), size[0], 0.2, 200, 60, 40, 255], abs=3)
 
 
 def test_without_an_h264_encoder_results_are_mpeg4(tmp_path, monkeypatch):
