@@ -19,6 +19,7 @@ import torch
 import distributed
 from checkpoint import Experiment, write_options
 from data import DataSettings, PatchSettings, build_test_sets, build_train_loader
+from data.clip import read_info
 from data.device import DeviceLoader
 from data.srdata import PatchLoader
 from data.video import upscale_video
@@ -308,6 +309,7 @@ def test_video(args: argparse.Namespace, experiment: Experiment, model: Network,
     if not clip.is_file():
         problem = "is a folder; give a video file" if clip.is_dir() else "no such file; check the path"
         raise InputError(f"{clip}: {problem}", argument="dir_demo")
+    read_info(clip)
     results = Results(experiment.results_folder("video", args.scale))
     name = f"{clip.stem}_x{args.scale}_SR.mp4"
     target, key = results.folder / name, made_with(args, model)
@@ -321,11 +323,10 @@ def test_video(args: argparse.Namespace, experiment: Experiment, model: Network,
     if args.reset:
         results.remove(name, [name])
     results.record(name, made_from, [name], {})
-    count = upscale_video(
-        functools.partial(model.upscale, predict=predict), clip, target, n_colors=args.n_colors, key=key
-    )
+    upscale = functools.partial(model.upscale, predict=predict)
+    count = upscale_video(upscale, clip, target, scale=args.scale, n_colors=args.n_colors, key=key)
     write_options(results.folder / "options.json", vars(args), option.defaults())
-    logger.info(f"{count} frames, without sound, written to {target}")
+    logger.info(f"{count} frames written to {target}")
     return 0
 
 

@@ -144,6 +144,7 @@ def run_onnx():
     return 0
 
 
+UPSCALE = "--data_test video --pre_train weights.pt --test_only --save v --dir_demo "
 RESUME = run_main("--load run --dry_run")
 KINDS = {  # the file to damage, how, and what reads it
     "weights": ("weights.pt", damage_torch, load_weights),
@@ -152,6 +153,8 @@ KINDS = {  # the file to damage, how, and what reads it
     "results": ("experiment/tested/results-Tiny2-x2/metrics.json", damage_json, make_report),
     "cache": ("data/Tiny/bin/HR/*.npy", damage_plain, run_main("--load run --dry_run")),
     "onnx": ("w.onnx", damage_plain, run_onnx),
+    "mp4": ("clip.mp4", damage_plain, run_main(UPSCALE + "clip.mp4")),
+    "mkv": ("clip.mkv", damage_plain, run_main(UPSCALE + "clip.mkv")),
 }
 
 

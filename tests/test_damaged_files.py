@@ -2,12 +2,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from main import main
 
-COUNTS = {"weights": 110, "checkpoint": 50, "options": 40, "results": 50, "cache": 10, "onnx": 40}  # 300 files
+COUNTS = {"weights": 110, "checkpoint": 50, "options": 40, "results": 50, "cache": 10, "onnx": 40, "mp4": 20, "mkv": 15}
 PROGRAM = Path(__file__).with_name("damaged_files.py")
 TRAIN = (
     "--dir_data data --data_train Tiny --data_test Tiny2 --n_feats 8 --n_blocks 1 --n_layers 2 --patch_size 8 "
@@ -35,6 +36,11 @@ def test_damaged_files_work_or_are_reported_in_one_line(folder, kind, request):
         exported = request.getfixturevalue("exported")
         (folder / "w.onnx").write_bytes((exported / "w.onnx").read_bytes())
         (folder / "data/benchmark/Tiny2/HR").rename(folder / "photos")
+    if kind in ("mp4", "mkv"):
+        from tests.data import clips  # skips the test without PyAV
+
+        frames = list(np.random.default_rng(0).integers(0, 256, (4, 24, 32, 3), dtype=np.uint8))
+        clips.write_clip(folder / f"clip.{kind}", frames, codec="mpeg4", pix_fmt="yuv420p", sound=["aac"])
     command = [sys.executable, PROGRAM, kind, folder, "0", str(COUNTS[kind])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.stdout == ""
