@@ -57,3 +57,14 @@ def test_methods_are_shown_side_by_side(folder, capsys):
 def test_errors_name_the_flag_or_file(folder, line, message):
     with pytest.raises(InputError, match=message):
         compare_methods(line)
+
+
+def test_the_image_is_not_overwritten(folder):
+    before = (folder / "hr.png").read_bytes()
+    (folder / "link.png").symlink_to(folder / "hr.png")
+    line = "--crop 0,0,9,9 --methods bicubic --scale 2"
+    for image, output in (("hr.png", "hr.png"), ("link.png", "hr.png"), ("hr.png", "new/../hr.png")):
+        (folder / "new").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=f"would overwrite {image}, which this call reads"):
+            main(f"{line} --image {image} --output {output}".split())
+    assert (folder / "hr.png").read_bytes() == before
