@@ -49,11 +49,9 @@ def evaluate(
 
     Args:
         predict: runs the network, see model/inference.py; None: model.inference
-        results: knows which images are done, and keeps the others. Images that cannot be read or do not fit in memory
-            are added to `results.failed`, in all processes, and left out; there are no means if that is all of them
+        results: knows which images are done and keeps the others. Images that cannot be read or do not fit in memory
+            are left out and named in `results.failed`; without results, they raise an InputError
         warm_up: run the first image once before measuring times
-
-    Raises InputError if an image cannot be read or does not fit in memory, unless there are `results`.
     """
     model.eval()
     predict = predict or model.inference
@@ -70,14 +68,13 @@ def evaluate(
                     raise
                 failed[index] = error.for_command_line()
     measured = {index: (row | quality.result(), cost) for index, (row, quality, cost) in measured.items()}
-    everything = _in_order(measured)
+    measured = _in_order(measured)
     if results is not None:
         results.failed = {images.names[index]: message for index, message in _in_order(failed).items()}
-    facts = {"dataset": images.name, "scale": images.scale, "model": type(model).__name__}
-    facts["parameters"] = model.n_parameters
-    rows, costs = [row for row, _ in everything.values()], [cost for _, cost in everything.values()]
+    rows, costs = [row for row, _ in measured.values()], [cost for _, cost in measured.values()]
     _report_left_out(rows, images.name)
-    return facts | _summarize(rows, costs, images.scale)
+    facts = {"dataset": images.name, "scale": images.scale, "model": type(model).__name__}
+    return facts | {"parameters": model.n_parameters} | _summarize(rows, costs, images.scale)
 
 
 def _in_order(values):
