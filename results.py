@@ -136,4 +136,5 @@ def save_masks(folder: Path, stem: str, lr: np.ndarray, sr: np.ndarray, masks: n
     for k, mask in enumerate(masks):
         write_png(folder / f"{stem}_mask{k + 1}.png", visualize.overlay_mask(lr, mask))
     write_png(folder / f"{stem}_density.png", visualize.density_map(masks))
-    write_whole(folder / f"{stem}_masks.png", visualize.mask_sheet(stem, lr, sr, masks))
+    title = stem.encode(errors="backslashreplace").decode()  # names of files may not be UTF-8
+    write_whole(folder / f"{stem}_masks.png", visualize.mask_sheet(title, lr, sr, masks))

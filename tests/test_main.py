@@ -361,6 +361,20 @@ def test_results_of_demo_keep_depth_alpha_and_profile(folder, tiny):
         assert sr.profile == picture.profile
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf_8_are_kept(folder):
+    name = os.fsdecode(b"caf\xe9")
+    (folder / "photos").mkdir()
+    shutil.copy("data/Tiny/LR_bicubic/X2/img0.png", f"photos/{name}.png")
+    line = "--data_test demo --dir_demo photos --pre_train weights.pt --test_only --save_masks --save check"
+    with pytest.raises(SystemExit) as exited:
+        run_program(lambda: run(line))
+    assert exited.value.code == 0
+    assert read_sr("check", name, "results-demo-x2").shape == (40, 48, 3)
+    assert Path(f"experiment/check/results-demo-x2/{name}_x2_masks.png").is_file()
+    assert read_metrics("check", "results-demo-x2")["images"][0]["name"] == name
+
+
 def test_other_files_in_the_folder_of_demo_are_named_and_skipped(folder, capsys):
     shutil.copytree("data/Tiny/LR_bicubic/X2", "photos")
     Path("photos/Thumbs.db").write_bytes(b"")

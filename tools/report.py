@@ -111,9 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = ", ".join(run.name for run in args.runs)
     template = string.Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     body = "\n".join([f"<h1>Results: {html.escape(title)}</h1>", *(section.html for section in sections)])
-    write_whole(folder / "report.html", template.substitute(title=html.escape(title), body=body).encode())
+    page = template.substitute(title=html.escape(title), body=body)
+    write_whole(folder / "report.html", page.encode(errors="backslashreplace"))  # names may not be UTF-8
     text = "\n\n".join([f"# Results: {title}", *(section.text for section in sections if section.text)])
-    write_whole(folder / "report.md", (text + "\n").encode())
+    write_whole(folder / "report.md", (text + "\n").encode(errors="backslashreplace"))
     print(f"written to {folder / 'report.html'} and report.md")
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)

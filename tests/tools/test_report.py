@@ -58,6 +58,14 @@ def test_html_is_self_contained_and_escaped(tested):
     assert "https://" not in page
 
 
+def test_names_that_are_not_utf_8_are_escaped(tested):
+    path = tested / "results-Tiny-x2/metrics.json"
+    path.write_text(path.read_text().replace("img0", "caf\\udce9"))
+    report([str(tested)])
+    for name in ("report.html", "report.md"):
+        assert "caf\\udce9" in (tested / name).read_text()
+
+
 def test_missing_images_of_one_run_are_skipped(tested):
     shutil.copytree(tested, tested.with_name("bare"))
     for path in tested.with_name("bare").rglob("*.png"):
