@@ -5,7 +5,6 @@ import logging
 import os
 import platform
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import torch
 
 import schema
 from loading import load_json, load_tensors
-from utility import InputError, logger, remove_unfinished, save_torch, write_json
+from program import InputError
+from utility import logger, remove_unfinished, save_torch, write_json
 
 try:
     import fcntl
@@ -23,6 +23,11 @@ except ImportError:  # on Windows
     fcntl = None
 
 RELEASED = "released"  # the folder of weights that no run may overwrite
+RUN_FILES = (  # what a training writes to its folder
+    *("options.json", "checkpoint.pt", "log.txt", "log.csv", "loss.png", "psnr.png", "active_share.png", "density.png"),
+    *("masks.png", "model/model_*.pt", "tensorboard/events.out.tfevents.*"),
+)
+BEFORE_FIRST_CHECKPOINT = ("options.json", "log.txt", "tensorboard")  # a run that wrote no more has nothing to lose
 
 _locks: set[int] = set()  # descriptors of folders that this process has locked
 
@@ -90,36 +95,37 @@ class Experiment:
     def __init__(self, name: str, root: str | Path = "experiment", argument: str = "save"):
         if not re.fullmatch(r"[\w.+-]+", name) or set(name) == {"."}:
             raise InputError(f"{name!r} is not a valid run name; use letters, digits and . _ + -", argument=argument)
-        if name == RELEASED:
-            raise InputError(f"{name!r} is the folder of the released weights; choose another name", argument=argument)
         self.name = name
         self.folder = Path(root) / name
+        released = (Path(root) / RELEASED).resolve()
+        if name == RELEASED or released in (self.folder.resolve(), *self.folder.resolve().parents):
+            raise InputError(f"{name!r} is the folder of the released weights; choose another name", argument=argument)
         self.checkpoint_path = self.folder / "checkpoint.pt"
         self.options_path = self.folder / "options.json"
+        self._locked: os.stat_result | None = None  # the folder, while this process holds its lock
+
+    def files(self) -> list[Path]:
+        """The files of the run. Those of tests, and whatever else somebody put into the folder, do not belong to it."""
+        return [path for pattern in RUN_FILES for path in sorted(self.folder.glob(pattern))]
 
     def exists(self) -> bool:
-        """Whether the folder holds a run, or anything else but results of tests."""
-        return self.folder.is_dir() and any(not path.name.startswith("results-") for path in self.folder.iterdir())
-
-    def contains(self, path: str | Path) -> bool:
-        """Whether a file lies in the folder."""
-        return self.folder.resolve() in Path(path).resolve().parents
+        """Whether the folder holds a run with something to lose: what is written before the first checkpoint is not."""
+        return any(path.relative_to(self.folder).parts[0] not in BEFORE_FIRST_CHECKPOINT for path in self.files())
 
     def create(self, reset: bool = False) -> None:
-        """Make the folder. Raises InputError if it already contains a run, unless `reset`: then it is emptied."""
+        """Make the folder. Raises InputError if it already contains a run, unless `reset`: then that is deleted.
+
+        The folder itself stays: it may be a symbolic link or a mount point.
+        """
         if self.exists() and not reset:
             raise InputError(f"{self.folder}: already contains a run; choose another name")
-        if reset and self.folder.is_dir():
-            shutil.rmtree(self.folder)
+        for path in self.files():
+            path.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def create_results(self, set_name: str, scale: int, reset: bool = False) -> Path:
-        """Make the folder of a test and return it; with `reset` it is emptied."""
-        folder = self.folder / f"results-{set_name}-x{scale}"
-        if reset and folder.is_dir():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+    def results_folder(self, set_name: str, scale: int) -> Path:
+        """The folder of the results of a test."""
+        return self.folder / f"results-{set_name}-x{scale}"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -141,12 +147,30 @@ class Experiment:
                 else:
                     for written in (self.folder, self.folder / "model"):
                         remove_unfinished(written)
-            yield
+            self._locked = self.folder.stat() if self.folder.is_dir() else None
+            try:
+                yield
+            finally:
+                self._locked = None
+
+    def _check_folder(self):
+        """Raise InputError if another folder, or none, has taken the place of the locked one: it is not to be written.
+
+        Otherwise a run whose folder was deleted would leave a part of its files, or mix them with another run's.
+        """
+        if self._locked is None:
+            return
+        try:
+            is_same = os.path.samestat(self._locked, self.folder.stat())
+        except FileNotFoundError:
+            is_same = False
+        if not is_same:
+            raise InputError(f"{self.folder}: was deleted or moved while the run was writing to it; start it again")
 
     @contextlib.contextmanager
     def log_file(self) -> Iterator[None]:
         """Copy the console log to log.txt."""
-        handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
+        handler = LogFile(self.folder / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
         try:
@@ -160,15 +184,17 @@ class Experiment:
         return self.folder / "model" / f"model_{which}.pt"
 
     def save_weights(self, which: str | int, state_dict: dict[str, torch.Tensor]) -> None:
+        self._check_folder()
         save_torch(self.weights_path(which), state_dict)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
+        self._check_folder()
         save_torch(self.checkpoint_path, state)
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Read checkpoint.pt, as `trainer.Trainer.state` wrote it. Raises InputError if it is missing or broken."""
         if not self.checkpoint_path.is_file():
-            raise InputError(f"{self.checkpoint_path} does not exist; check the name of the run", argument="load")
+            raise InputError(f"{self.checkpoint_path} does not exist; {self._advice()}", argument="load")
         state = load_tensors(self.checkpoint_path, self._advice(), argument="load")
         self.check_checkpoint(state, CHECKPOINT)
         return state
@@ -187,6 +213,26 @@ class Experiment:
 
     def _advice(self):
         return f"start another run from the weights in {self.folder / 'model'}"
+
+
+class LogFile(logging.Handler):
+    """Appends log lines to a file. Raises OSError if that fails; a FileHandler prints a traceback and goes on."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+        self.file = path.open("ab", buffering=0)  # closing it has nothing left to write, and cannot fail
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.file.write(f"{self.format(record)}\n".encode(errors="backslashreplace"))  # names may not be UTF-8
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def write_options(path: Path, options: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from utility import InputError, launched_processes, logger, pick_device
+from program import LAUNCHER_VARIABLES, InputError, launched_processes
+from utility import logger, pick_device
 
 
 def is_launched() -> bool:
@@ -25,6 +26,9 @@ def start(name: str) -> torch.device:
     Each process takes its own GPU if `name` is cuda, or auto with GPUs available. Raises InputError.
     """
     if not is_launched():
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+            missing = ", ".join(variable for variable in LAUNCHER_VARIABLES if not os.environ.get(variable))
+            logger.info(f"WORLD_SIZE is set, but not {missing}: running as a single process; torchrun starts several")
         return pick_device(name)
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -38,7 +42,11 @@ def start(name: str) -> torch.device:
     elif name.startswith("cuda"):
         raise InputError(f"torchrun gives each process its own GPU; use cuda instead of {name}", argument="device")
     device = pick_device(name)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the processes cannot connect ({problem}); start them with torchrun") from None
     if not is_main_process():
         logger.setLevel("ERROR")
     return device

@@ -6,28 +6,40 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 import distributed
 from data.srdata import WholeImages
 from metrics import luma, psnr, shave, ssim
 from model.network import Cost, Network, Predict, to_numpy
-from utility import InputError, is_out_of_memory, logger, synchronize
+from program import InputError, is_out_of_memory
+from utility import logger, progress_bar, synchronize
 
 MAX_WAITING = 32  # images whose quality is computed, or waits for it
 
 Metrics = dict[str, Any]  # the content of metrics.json
-Save = Callable[[str, np.ndarray, np.ndarray, np.ndarray], None]
+
+
+class Results(Protocol):
+    """What a test keeps of each image; see results.py."""
+
+    failed: dict[str, str]  # {image name: why it could not be done}
+
+    def find(self, name: str) -> tuple[dict[str, Any], Cost] | None:
+        """The row and the cost of an image that an earlier test has done."""
+
+    def save(self, row: dict[str, Any], cost: Cost, lr: np.ndarray, sr: np.ndarray, masks: np.ndarray) -> None:
+        """Keep an image: its row, its cost, LR and SR, uint8 or uint16 (H, W, C), masks, bool (K, H, W)."""
 
 
 def evaluate(
     model: Network,
     images: WholeImages,
     predict: Predict | None = None,
-    save: Save | None = None,
+    results: Results | None = None,
     warm_up: bool = True,
 ) -> Metrics:
     """Run a network over a set and return the content of metrics.json; PSNR and SSIM are nan without HR images.
@@ -37,33 +49,95 @@ def evaluate(
 
     Args:
         predict: runs the network, see model/inference.py; None: model.inference
-        save: called with (name, LR, SR, masks) of each image: uint8 or uint16 (H, W, C), and bool (K, H, W) without
-            padding
+        results: knows which images are done, and keeps the others. Images that cannot be read or do not fit in memory
+            are added to `results.failed`, in all processes, and left out; there are no means if that is all of them
         warm_up: run the first image once before measuring times
 
-    Raises InputError if an image does not fit in memory.
+    Raises InputError if an image cannot be read or does not fit in memory, unless there are `results`.
     """
     model.eval()
     predict = predict or model.inference
-    measured = []  # a row and its quality, once it is computed, and the Cost of each image of this process
+    measured, failed = {}, {}  # of this process: by index, what `_Run.measure` returns, and messages
     mine = range(distributed.rank(), len(images), distributed.world_size())
-    progress = tqdm(mine, desc=images.name, unit="image", leave=False, disable=not distributed.is_main_process())
+    progress = progress_bar(mine, distributed.is_main_process(), desc=images.name, unit="image")
     with progress, _background(model.device) as submit:
+        run = _Run(model, images, predict=predict, results=results, submit=submit, warm_up=warm_up)
         for index in progress:
-            name, lr, hr = images[index]
-            sr, cost, seconds = _run(model, name, lr, predict, warm_up=warm_up and index == mine.start)
-            if save:
-                save(name, lr, sr, masks_of(cost))
-            quality = submit(compare, sr, hr, images.scale, rgb=not images.benchmark)
+            try:
+                measured[index] = run.measure(index)
+            except InputError as error:
+                if results is None:
+                    raise
+                failed[index] = error.for_command_line()
+    measured = {index: (row | quality.result(), cost) for index, (row, quality, cost) in measured.items()}
+    everything = _in_order(measured)
+    if results is not None:
+        results.failed = {images.names[index]: message for index, message in _in_order(failed).items()}
+    facts = {"dataset": images.name, "scale": images.scale, "model": type(model).__name__}
+    facts["parameters"] = model.n_parameters
+    rows, costs = [row for row, _ in everything.values()], [cost for _, cost in everything.values()]
+    _report_left_out(rows, images.name)
+    return facts | _summarize(rows, costs, images.scale)
+
+
+def _in_order(values):
+    """{index: value} of all processes, in the order of the indices."""
+    return dict(sorted((index, value) for share in distributed.gather(values) for index, value in share.items()))
+
+
+@dataclass
+class _Run:
+    """The settings of an evaluation, see there."""
+
+    model: Network
+    images: WholeImages
+    predict: Predict
+    results: Results | None
+    submit: Callable[..., Future]
+    warm_up: bool  # run the next image twice
+
+    def measure(self, index: int) -> tuple[dict[str, Any], Future, Cost]:
+        """The row of an image, its PSNR and SSIM, and its cost; an image that is done is not done again."""
+        if self.results and (done := self.results.find(self.images.names[index])):
+            row, cost = done
+            return row, _compute_at_once(dict), cost
+        name, lr, hr = self.images[index]
+        with _lack_of_memory_reported(name, lr):
+            sr, cost, seconds = self._upscale(lr)
             row = {"name": name, "lr_shape": list(lr.shape[:2]), "seconds": seconds}
             row |= {"mask_density": cost.mask_density, "active_share": cost.active_share}
-            measured.append((row, quality, cost.without_masks()))
-    measured = [(row | quality.result(), cost) for row, quality, cost in measured]
-    shares = distributed.gather(measured)  # image by image, in the order in which they were distributed
-    rows, costs = zip(*(shares[i % len(shares)][i // len(shares)] for i in range(len(images))), strict=True)
-    _report_left_out(rows, images.name)
-    facts = {"dataset": images.name, "scale": images.scale, "model": type(model).__name__}
-    return facts | {"parameters": model.n_parameters} | _summarize(rows, costs, images.scale)
+            quality = self.submit(compare, sr, hr, self.images.scale, rgb=not self.images.benchmark)
+            if self.results:
+                self.results.save(row | quality.result(), cost, lr=lr, sr=sr, masks=masks_of(cost))
+            return row, quality, cost.without_masks()
+
+    def _upscale(self, lr):
+        """An image (H, W, C) -> (sH, sW, C) of the same type, its Cost, and the seconds it took."""
+        x = self.model.to_input(lr[None])
+        if self.warm_up:
+            self.predict(x)
+        self.warm_up = False
+        synchronize(self.model.device)
+        started = time.perf_counter()
+        sr, cost = self.predict(x)
+        synchronize(self.model.device)
+        seconds = time.perf_counter() - started
+        return to_numpy(self.model.to_images(sr, lr.dtype)[0]), cost, seconds
+
+
+@contextlib.contextmanager
+def _lack_of_memory_reported(name, lr):
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        height, width = lr.shape[:2]
+        raise InputError(
+            f"{name}: not enough memory for an image of {height}x{width} pixels; process it in tiles (chop), "
+            "or in smaller ones (chop_size)",
+            argument="chop",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -90,35 +164,14 @@ def _compute_at_once(function, *args, **options):
     return future
 
 
-def _run(model, name, lr, predict, warm_up):
-    """Upscale an image (H, W, C) -> (sH, sW, C) of the same type, its Cost, and the seconds it took."""
-    x = model.to_input(lr[None])
-    try:
-        if warm_up:
-            predict(x)
-        synchronize(model.device)
-        started = time.perf_counter()
-        sr, cost = predict(x)
-        synchronize(model.device)
-        seconds = time.perf_counter() - started
-        return to_numpy(model.to_images(sr, lr.dtype)[0]), cost, seconds
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        height, width = lr.shape[:2]
-        raise InputError(
-            f"{name}: not enough memory for an image of {height}x{width} pixels; process it in tiles (chop), "
-            "or in smaller ones (chop_size)",
-            argument="chop",
-        ) from None
-
-
 def _summarize(rows: Sequence[dict], costs: Sequence[Cost], scale: int) -> Metrics:
     """The means over a set, and the rows of its images. An image met exactly, with infinite PSNR, spoils no mean."""
 
     def mean(values):
         return sum(values) / len(rows)
 
+    if not rows:
+        return {"n_images": 0, "images": []}
     return {key: _mean_of_finite([row[key] for row in rows]) for key in _quality(rows[0])} | {
         "n_images": len(rows),
         "seconds_per_image": mean(row["seconds"] for row in rows),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from utility import InputError
+from program import InputError
 
 ZIP, GIT_LFS, WEB_PAGE = b"PK\x03\x04", b"version https://git-lfs", (b"<!doctype", b"<html", b"<?xml")
 

@@ -2,52 +2,68 @@
 
 import argparse
 import functools
-import logging
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import option
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    option.build_parser().print_help()  # before the imports below, which take seconds
+    sys.exit()
+
 import torch
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 import distributed
-import option
-import visualize
 from checkpoint import Experiment, write_options
 from data import DataSettings, PatchSettings, build_test_sets, build_train_loader
+from data.clip import read_info
 from data.device import DeviceLoader
-from data.image import write_png
-from data.srdata import PatchLoader, WholeImages
+from data.srdata import PatchLoader
 from data.video import upscale_video
 from evaluation import evaluate, table
+from files import Results, check_outputs, digest, overwritten
 from loss import build_loss
 from loss.adversarial import AdversarialSettings
 from model import StateDict, build_model, read_weights
 from model.inference import build_predictor
 from model.network import Network, Predict
-from picture import to_8_bits
-from recovery import resume_hint
+from model.weights import fingerprint
+from program import INTERRUPTED, InputError, report_batch, run_program
+from recovery import report_failures, resume_hint
+from results import ResultSettings, SetResults
 from summary import TensorBoard, check_tensorboard
 from trainer import Schedules, Trainer, TrainSettings, dry_run
 from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
-from utility import INTERRUPTED, PRECISIONS, InputError, be_deterministic, logger, run_program, write_json, write_whole
+from utility import PRECISIONS, be_deterministic, free_memory, has_fast_bf16, log_to_console, logger, write_json
+
+RESULTS_ADVICE = "pass --reset to overwrite it or choose another --save"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with a command line; returns the exit code. Raises InputError."""
-    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO, force=True)
+    log_to_console()
     args = option.parse(argv)
     stored = {}
     if args.load:
         experiment = Experiment(args.load, argument="load")
+        if experiment.folder.is_dir() and not experiment.exists():
+            raise InputError(
+                f"--load {args.load}: {experiment.folder} holds no checkpoint yet; "
+                f"start the run with --save {args.load} and its options"
+            )
         stored = option.check_stored(experiment.load_options(), experiment.options_path)
         args = option.parse(argv, stored)
+    ignored = option.ignored_in_tests(argv) if args.test_only else []
     torch.manual_seed(args.seed)
     be_deterministic(args.deterministic)
     device = distributed.start(args.device)
+    if args.precision == "bf16" and device.type == "cpu" and not has_fast_bf16():
+        logger.info("--precision bf16: this processor computes bfloat16 slowly; single is faster on it")
+    if ignored:
+        logger.info(f"{', '.join(ignored)}: without effect in a test")
     try:
         return test(args, device) if args.test_only else train(args, stored, device)
     finally:
@@ -62,17 +78,21 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
     deadline = time.monotonic() + args.time_limit * 60
     if args.tensorboard:
         check_tensorboard()
+    args.save = args.save or choose_name(args.reset)
     experiment = Experiment(args.save)
     state = experiment.load_checkpoint() if args.load else None
+    if state and state["epoch"] > args.epochs:  # no mistake: jobs of a batch system resume a run until it is finished
+        logger.info(f"--load {args.save}: all {state['epoch'] - 1} epochs are done; add more with --epochs")
+        return 0
     if state is None and not args.dry_run:
         check_new_run(args, experiment)
     weights = state["model"] if state else read_weights(args.pre_train) if args.pre_train else None
     model = build_network(args, weights, args.pre_train or args.load, transfer=state is None)
-    trainer = build_trainer(args, model.to(device, memory_format=torch.channels_last), experiment, deadline)
+    model = model.to(device, memory_format=torch.channels_last)
+    check_memory(args, model)
+    trainer = build_trainer(args, model, experiment, deadline)
     if state:
         trainer.load_state(state)
-        if trainer.epoch > args.epochs:
-            raise InputError(f"--load {args.save}: all {trainer.epoch - 1} epochs are done; add more with --epochs")
     if args.dry_run:
         for line in dry_run(trainer, args.epochs):
             logger.info(line)
@@ -85,8 +105,26 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
     return 0 if distributed.any_rank(finished or time.monotonic() > deadline) else INTERRUPTED
 
 
+def choose_name(reset: bool) -> str:
+    """A name for a run without --save: with `reset` the default one, else the first that is not taken."""
+    names = (option.DEFAULT_NAME, *(f"{option.DEFAULT_NAME}-{number}" for number in range(2, 10**6)))
+    return next(name for name in names if reset or not Experiment(name).exists())
+
+
+def check_memory(args: argparse.Namespace, model: Network) -> None:
+    """Raise InputError if the memory is too small for a step: the system would end the process without a word."""
+    pixels = args.patch_size**2 * args.batch_size / args.split_batch / distributed.world_size()
+    maps = sum(isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) for module in model.modules())
+    needed = pixels * maps * model.n_feats * PRECISIONS[args.precision].itemsize  # what backward needs, at least
+    if model.device.type == "cpu" and needed > free_memory(model.device):
+        raise InputError(
+            f"--batch_size {args.batch_size}: a step needs more than {needed / 2**30:.0f} GiB of memory, "
+            "more than is free; use a smaller --batch_size or --patch_size, or --split_batch"
+        )
+
+
 def check_new_run(args: argparse.Namespace, experiment: Experiment) -> None:
-    """Raise InputError if the new run would overwrite another one, or the weights that it starts from."""
+    """Raise InputError if the new run would overwrite another one, or a file that it reads."""
     if not experiment.exists():
         return
     if not args.reset:
@@ -95,8 +133,9 @@ def check_new_run(args: argparse.Namespace, experiment: Experiment) -> None:
             f"--save {args.save}: {experiment.folder} already contains a run; "
             f"choose another --save{resume}, or overwrite it with --reset"
         )
-    if args.pre_train and experiment.contains(args.pre_train):
-        raise InputError(f"--reset: would delete --pre_train {args.pre_train}; choose another --save")
+    for name in ("pre_train", "vgg_weights"):
+        if overwritten([getattr(args, name)], experiment.files()):
+            raise InputError(f"--reset: would delete --{name} {getattr(args, name)}; choose another --save")
 
 
 def build_trainer(args: argparse.Namespace, model: Network, experiment: Experiment, deadline: float) -> Trainer:
@@ -112,6 +151,8 @@ def build_trainer(args: argparse.Namespace, model: Network, experiment: Experime
     optimizer = build_optimizer(model.parameters(), option.settings(OptimizerSettings, args, name=args.optimizer))
     step_settings = option.settings(StepSettings, args, precision=PRECISIONS[args.precision])
     test_sets = build_test_sets(args.data_test, option.settings(DataSettings, args))
+    for images in test_sets:
+        images.check_files()
     return Trainer(
         TrainingStep(model, criterion.to(model.device), optimizer, step_settings),
         loader=build_loader(args, model.device),
@@ -146,13 +187,19 @@ def build_loader(args: argparse.Namespace, device: torch.device) -> PatchLoader 
 def fit_and_log(args: argparse.Namespace, stored: dict[str, Any], trainer: Trainer) -> bool:
     """Train in the main process, which writes the log, options.json and TensorBoard; returns whether it finished."""
     experiment, model = trainer.experiment, trainer.model
-    with experiment.lock(), experiment.log_file(), logging_redirect_tqdm():
+    with experiment.lock(), report_failures(experiment), experiment.log_file():
         if args.tensorboard:
             trainer.tensorboard = TensorBoard(experiment.folder, args.images_every)
         origin = {key: stored[key] for key in option.RECORDED if key in stored}
         write_options(experiment.options_path, {**vars(args), **origin}, option.defaults())
         n_images = len(trainer.loader.dataset)
         logger.info(f"{args.model} x{args.scale}, {model.n_parameters:,} parameters, {n_images} images, {model.device}")
+        logger.info(f"writing to {experiment.folder}")
+        if stored and (names := option.missing(stored)):
+            values = ", ".join(f"{name} {getattr(args, name)}" for name in names)
+            logger.info(f"{experiment.options_path}: lacks options of this version, or was edited; using {values}")
+        if args.compile:
+            logger.info("--compile: the first steps compile the network, which takes a minute or more")
         for change in option.changes(args, stored):
             logger.info(f"changed: {change}")
         finished = trainer.fit(args.epochs)
@@ -171,14 +218,52 @@ def test(args: argparse.Namespace, device: torch.device) -> int:
     model = model.to(device, PRECISIONS[args.precision], memory_format=torch.channels_last)
     if args.engine != "auto":
         model.use_engine(args.engine)
+    if args.model == "SMSR":
+        logger.info(f"engine: {model.engine}")
     predict = build_predictor(
         model, mode=args.inference, chop=args.chop, chop_size=args.chop_size, ensemble=args.self_ensemble
     )
     if args.data_test == ["video"]:
         return test_video(args, experiment, model, predict)
-    for images in build_test_sets(args.data_test, option.settings(DataSettings, args)):
-        test_set(args, experiment, model, images=images, predict=predict)
-    return 0
+    settings = result_settings(args, model)
+    results = [
+        SetResults(experiment.results_folder(images.name, args.scale), images, settings)
+        for images in build_test_sets(args.data_test, option.settings(DataSettings, args))
+    ]
+    with distributed.main_process_first():
+        check_results(args, results, path)
+        if args.reset and distributed.is_main_process():
+            for of_set in results:
+                of_set.remove()
+    for of_set in results:
+        test_set(args, model, of_set, predict)
+    failures = [message for of_set in results for message in of_set.failed.values()]
+    count = sum(len(of_set.images) for of_set in results)
+    return report_batch(failures, count) if distributed.is_main_process() else 0
+
+
+def check_results(args: argparse.Namespace, results: Sequence[SetResults], weights: str | Path) -> None:
+    """Raise InputError if the test would overwrite results of something else, or a file that it reads."""
+    for of_set in results:
+        if args.dir_demo and Path(args.dir_demo).resolve() == of_set.folder.resolve():
+            raise InputError(f"--dir_demo {args.dir_demo}: is the folder of the results; choose another --save")
+        of_set.check(args.reset, [weights], RESULTS_ADVICE)
+
+
+def result_settings(args: argparse.Namespace, model: Network) -> ResultSettings:
+    """What the test writes, and what its results depend on."""
+    options = [args.inference, args.engine, args.chop, args.chop_size, str(model.device), torch.get_num_threads()]
+    return ResultSettings(
+        made_with=made_with(args, model),
+        measured_with=options,
+        save_results=args.save_results,
+        n_masks=len(model.blocks) if args.save_masks else 0,
+    )
+
+
+def made_with(args: argparse.Namespace, model: Network) -> bytes:
+    """A key of everything that upscaled pictures depend on besides the pictures."""
+    return repr((fingerprint(model.state_dict()), args.precision, args.self_ensemble)).encode()
 
 
 def find_weights(args: argparse.Namespace, experiment: Experiment) -> str | Path:
@@ -192,65 +277,56 @@ def find_weights(args: argparse.Namespace, experiment: Experiment) -> str | Path
         raise InputError(f"--load {args.load}: {path} does not exist; train at least one epoch")
     if not path.is_file():
         raise InputError(
-            f"--resume {args.resume}: {path} does not exist; --save_models keeps the weights of all epochs"
+            f"--resume {args.resume}: {path} does not exist; use 0 for the best weights or -1 for the latest "
+            "(a training with --save_models keeps those of every epoch)"
         )
     return path
 
 
-def test_set(
-    args: argparse.Namespace, experiment: Experiment, model: Network, images: WholeImages, predict: Predict
-) -> None:
+def test_set(args: argparse.Namespace, model: Network, results: SetResults, predict: Predict) -> None:
     """Test on one set and write its results."""
-    with distributed.main_process_first():
-        reset = args.reset and distributed.is_main_process()
-        folder = experiment.create_results(images.name, args.scale, reset)
-
-    def save(name, lr, sr, masks):
-        stem = f"{name}_x{args.scale}"
-        if not images.has_hr:
-            write_png(folder / f"{stem}_SR.png", images.source(name).with_upscaled(sr))
-        elif args.save_results:
-            write_png(folder / f"{stem}_SR.png", sr)
-        if args.save_masks:
-            save_masks(folder, stem, lr=to_8_bits(lr), sr=to_8_bits(sr), masks=masks)
-
-    metrics = evaluate(model, images, predict, save)
-    if not distributed.is_main_process():
+    images, folder = results.images, results.folder
+    metrics = evaluate(model, images, predict, results)
+    if not distributed.is_main_process() or not metrics["images"]:
         return
-    write_json(folder / "metrics.json", metrics)
+    path = folder / "metrics.json"
+    if path.exists() and not results.n_reused and not args.reset:
+        logger.info(f"{path}: replacing the numbers of an earlier test")
+    write_json(path, metrics | ({"failed": results.failed} if results.failed else {}))
     write_options(folder / "options.json", vars(args), option.defaults())
     for line in table(metrics):
         logger.info(line)
     if not images.has_hr:
         logger.info("no HR images to compare with: PSNR and SSIM are omitted")
+    if results.n_reused:
+        logger.info(f"{results.n_reused} of {len(images)} images were done already; --reset does them again")
     logger.info(f"written to {folder}")
-
-
-def save_masks(folder: Path, stem: str, lr: np.ndarray, sr: np.ndarray, masks: np.ndarray) -> None:
-    """Write <stem>_mask<k>.png, <stem>_density.png and the sheet <stem>_masks.png."""
-    for k, mask in enumerate(masks):
-        write_png(folder / f"{stem}_mask{k + 1}.png", visualize.overlay_mask(lr, mask))
-    write_png(folder / f"{stem}_density.png", visualize.density_map(masks))
-    write_whole(folder / f"{stem}_masks.png", visualize.mask_sheet(stem, lr, sr, masks))
 
 
 def test_video(args: argparse.Namespace, experiment: Experiment, model: Network, predict: Predict) -> int:
     """Upscale the video --dir_demo; returns the exit code."""
     clip = Path(args.dir_demo)
-    folder = experiment.create_results("video", args.scale, args.reset)
-    target = folder / f"{clip.stem}_x{args.scale}_SR.mp4"
-    if target.exists():
-        raise InputError(f"{target}: already exists; pass --reset to overwrite it or choose another --save")
-    weights = b"".join(value.float().cpu().numpy().tobytes() for value in model.state_dict().values())
-    count = upscale_video(
-        functools.partial(model.upscale, predict=predict),
-        clip,
-        target,
-        n_colors=args.n_colors,
-        key=weights + repr((args.precision, args.self_ensemble)).encode(),
-    )
-    write_options(folder / "options.json", vars(args), option.defaults())
-    logger.info(f"{count} frames, without sound, written to {target}")
+    if not clip.is_file():
+        problem = "is a folder; give a video file" if clip.is_dir() else "no such file; check the path"
+        raise InputError(f"{clip}: {problem}", argument="dir_demo")
+    read_info(clip)
+    results = Results(experiment.results_folder("video", args.scale))
+    name = f"{clip.stem}_x{args.scale}_SR.mp4"
+    target, key = results.folder / name, made_with(args, model)
+    made_from = digest([clip], key)
+    if not args.reset:
+        results.check(name, made_from, [name], RESULTS_ADVICE)
+        if results.find(name, made_from, [name]) is not None:
+            logger.info(f"{target}: done already; --reset does it again")
+            return 0
+    check_outputs([target], [clip, args.pre_train], argument="save")
+    if args.reset:
+        results.remove(name, [name])
+    results.record(name, made_from, [name], {})
+    upscale = functools.partial(model.upscale, predict=predict)
+    count = upscale_video(upscale, clip, target, scale=args.scale, n_colors=args.n_colors, key=key)
+    write_options(results.folder / "options.json", vars(args), option.defaults())
+    logger.info(f"{count} frames written to {target}")
     return 0
 
 

@@ -2,15 +2,16 @@
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utility import PRECISIONS, InputError, launched_processes
+from program import InputError, launched_processes, shorten, usable_processors
 
 # Presets (--template): other defaults, which the command line overrides.
 TEMPLATES = {
@@ -26,16 +27,26 @@ NOT_RESUMED = {
     *("test_only", "dry_run", "time_limit"),
 }
 RECORDED = ("pre_train", "template")  # of those, the ones that a resumed run keeps in its options.json
+# Options of a training, which a test ignores, apart from those of the network and of machine and run.
+TRAINING_FLAGS = (
+    *("data_train", "ext", "patch_size", "no_augment", "compile", "test_every", "epochs", "batch_size", "split_batch"),
+    *("gclip", "skip_threshold", "max_bad_steps", "ema", "loss", "lambda_sparsity", "vgg_weights"),
+    *("gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma", "tau_min"),
+    *("tau_epochs", "lambda_warmup", "save_models", "print_every", "tensorboard", "images_every"),
+)
 TEST_ONLY_FLAGS = ("chop", "self_ensemble", "save_results", "save_masks")
 MODEL_FLAGS = (
     *("model", "scale", "n_feats", "n_blocks", "n_layers", "n_resblocks"),
     *("res_scale", "n_colors", "rgb_range"),
 )
+DEFAULT_NAME = "test"  # of a run; a training that finds it taken chooses test-2, test-3 ...
 RESERVED_SET_NAMES = ("demo", "video")  # of --data_test: the user's own files
 PAPER_SCHEDULES = {"decay": [200], "tau_epochs": 500, "lambda_warmup": 50}  # for 1000 epochs
 INFERENCE_MODES = ("auto", "sparse", "dense")
+PRECISIONS = ("single", "half", "bf16")
 ENGINES = ("auto", "plain", "fused", "native")
 CACHE_KINDS = ("img", "sep", "sep_reset", "bin", "device")
+LARGEST = 10**9  # of all numbers without a bound of their own: float32 and 64-bit integers hold their products
 OnOff = argparse.BooleanOptionalAction  # so that a resumed run can switch it off
 
 
@@ -49,6 +60,14 @@ class Parser(argparse.ArgumentParser):
         elif start == "the following arguments are required":
             message = f"{names}: missing"
         raise InputError(f"{message.removeprefix('argument ')}; see --help")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of every option that has one; a switch is off by default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default not in (None, "") and not isinstance(action.default, bool)
+        return super()._get_help_string(action) if has_default else action.help
 
 
 def parse(argv: Sequence[str] | None = None, stored: dict[str, Any] | None = None) -> argparse.Namespace:
@@ -161,6 +180,19 @@ def changes(args: argparse.Namespace, stored: dict[str, Any]) -> list[str]:
     ]
 
 
+def missing(stored: dict[str, Any]) -> list[str]:
+    """The options of a training that the run that is resumed does not have: it was edited, or of another version."""
+    return [name for name in (*TRAINING_FLAGS, *MODEL_FLAGS, "seed", "precision") if name not in stored]
+
+
+def ignored_in_tests(argv: Sequence[str] | None = None) -> list[str]:
+    """The flags of a command line that have no effect with --test_only."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return [f"--{name}" for name in TRAINING_FLAGS if name in vars(parser.parse_args(argv))]
+
+
 def settings(settings_class: type, args: argparse.Namespace, **given: Any) -> Any:
     """Fill a settings dataclass with the options of the same names; `given` replaces the others."""
     names = [field.name for field in dataclasses.fields(settings_class) if field.name not in given]
@@ -171,7 +203,7 @@ def build_parser() -> Parser:
     """The parser of main.py."""
     parser = Parser(
         description="SMSR: train, test and run networks for efficient image super-resolution.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--template", choices=TEMPLATES, help="use the defaults of a preset")
@@ -188,7 +220,10 @@ def build_parser() -> Parser:
 
 def _add_machine_options(group):
     group.add_argument(
-        "--n_threads", type=count, default=min(4, os.cpu_count() or 1), help="number of data-loading worker processes"
+        "--n_threads",
+        type=at_most(256, count),
+        default=min(4, usable_processors()),
+        help="number of data-loading worker processes",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     group.add_argument("--cpu", action="store_true", help="the same as --device cpu")
@@ -223,7 +258,7 @@ def _add_data_options(group):
         "or in the memory of the device, which then cuts the patches (device); "
         "device on an NVIDIA GPU that has enough memory, else sep",
     )
-    group.add_argument("--scale", type=positive_int, default=2, help="upscaling factor")
+    group.add_argument("--scale", type=at_most(64), default=2, help="upscaling factor")
     group.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels per side of a patch")
     group.add_argument("--n_colors", type=int, choices=(1, 3), default=3, help="1 for gray, 3 for RGB")
     group.add_argument("--no_augment", action="store_true", help="train without flips and rotations")
@@ -233,10 +268,10 @@ def _add_network_options(group):
     group.description = "Sizes default to the sizes of --pre_train, or else to the network's own defaults."
     group.add_argument("--model", default="SMSR", help="SMSR or EDSR")
     group.add_argument("--pre_train", default="", help="weights file to start from, or to test")
-    group.add_argument("--n_feats", type=positive_int, help="feature channels")
-    group.add_argument("--n_blocks", type=positive_int, help="sparse mask modules of SMSR")
-    group.add_argument("--n_layers", type=positive_int, help="sparse mask convolutions per module")
-    group.add_argument("--n_resblocks", type=positive_int, help="residual blocks of EDSR")
+    group.add_argument("--n_feats", type=at_most(4096), help="feature channels")
+    group.add_argument("--n_blocks", type=at_most(1000), help="sparse mask modules of SMSR")
+    group.add_argument("--n_layers", type=at_most(100), help="sparse mask convolutions per module")
+    group.add_argument("--n_resblocks", type=at_most(1000), help="residual blocks of EDSR")
     group.add_argument(
         "--res_scale", type=positive_float, help="factor of EDSR's residual branches; saved with weights"
     )
@@ -253,10 +288,14 @@ def _add_network_options(group):
 
 
 def _add_training_options(group):
-    group.add_argument("--reset", action="store_true", help="overwrite the run, or results, that --save already holds")
+    group.add_argument(
+        "--reset",
+        action="store_true",
+        help="overwrite the run, or the results of the same images, that --save already holds",
+    )
     group.add_argument("--test_every", type=positive_int, default=1000, help="batches per epoch")
     group.add_argument("--epochs", type=positive_int, default=1000, help="epochs to train")
-    group.add_argument("--batch_size", type=positive_int, default=16, help="patches per batch, over all processes")
+    group.add_argument("--batch_size", type=at_most(2**16), default=16, help="patches per batch, over all processes")
     group.add_argument("--split_batch", type=positive_int, default=1, help="run a batch in N parts to save memory")
     group.add_argument("--gclip", type=non_negative_float, default=0.0, help="clip each gradient value to ±N (0: off)")
     group.add_argument(
@@ -298,7 +337,7 @@ def _add_loss_options(group):
     group.add_argument("--lambda_sparsity", type=non_negative_float, default=0.1, help="weight of the sparsity loss")
     group.add_argument("--vgg_weights", help="file with torchvision's VGG19 weights")
     group.add_argument(
-        "--gan_k", type=positive_int, default=1, help="discriminator steps per batch, or part of a batch"
+        "--gan_k", type=at_most(100), default=1, help="discriminator steps per batch, or part of a batch"
     )
 
 
@@ -315,7 +354,9 @@ def _add_optimizer_options(group):
         help="halve the learning rate every N epochs (N), or at epochs A, B and C (A-B-C); "
         "200 for 1000 epochs, in proportion for others",
     )
-    group.add_argument("--gamma", type=positive_float, default=0.5, help="factor of each learning-rate decay")
+    group.add_argument(
+        "--gamma", type=at_most(1, positive_float), default=0.5, help="factor of each learning-rate decay"
+    )
     group.add_argument(
         "--tau_min", type=positive_float, default=0.4, help="final Gumbel-softmax temperature (1 disables annealing)"
     )
@@ -359,7 +400,10 @@ def _add_testing_options(group):
 
 
 def _add_run_options(group):
-    group.add_argument("--save", help="name of the run: experiment/NAME (default: the name in --load, or else test)")
+    group.add_argument(
+        "--save",
+        help="name of the run: experiment/NAME (default: that of --load, or else test, or test-2 if test is taken ...)",
+    )
     group.add_argument("--load", default="", help="run to resume, or to test; its options are the defaults")
     group.add_argument(
         "--resume",
@@ -407,7 +451,7 @@ def _check_device(args):
 def _check_run(args):
     if args.load and args.save not in (None, args.load):
         raise InputError(f"--load {args.load}: continues in experiment/{args.load}; leave --save {args.save} out")
-    args.save = args.load or args.save or "test"
+    args.save = args.load or args.save or (DEFAULT_NAME if args.test_only else None)
     if args.resume and not (args.load and (args.test_only or args.resume == -1)):
         raise InputError("--resume: selects weights for --load NAME --test_only; use --load alone to resume training")
     for flag, reason in (
@@ -415,7 +459,7 @@ def _check_run(args):
         ("reset", "--load resumes a run"),
         ("pre_train", "--load brings its own weights"),
     ):
-        if args.load and getattr(args, flag):
+        if args.load and getattr(args, flag) and not (flag == "reset" and args.test_only):
             raise InputError(f"--{flag}: {reason}; use only one of them")
 
 
@@ -466,20 +510,25 @@ def _check_video(args):
 # ---- types of values -------------------------------------------------------------------------------------------------
 
 
-def positive_int(text: str) -> int:
-    return _number(text, int, lambda value: value > 0, "a positive integer")
+def positive_int(text: str, largest: int = LARGEST) -> int:
+    return _number(text, int, lambda value: value > 0, "a positive integer", largest)
 
 
-def count(text: str) -> int:
-    return _number(text, int, lambda value: value >= 0, "an integer of 0 or more")
+def count(text: str, largest: int = LARGEST) -> int:
+    return _number(text, int, lambda value: value >= 0, "an integer of 0 or more", largest)
 
 
-def positive_float(text: str) -> float:
-    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+def positive_float(text: str, largest: float = LARGEST) -> float:
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0", largest)
 
 
 def non_negative_float(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of 0 or more")
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of 0 or more", LARGEST)
+
+
+def at_most(largest: float, kind: Callable[..., float] = positive_int) -> Callable[[str], float]:
+    """The type of the numbers of a kind up to `largest`."""
+    return functools.partial(kind, largest=largest)
 
 
 def share(text: str) -> float:
@@ -531,11 +580,13 @@ def png(text: str) -> Path:
     return path
 
 
-def _number(text, kind, accepted, wanted):
+def _number(text, kind, accepted, wanted, largest=math.inf):
     try:
         value = kind(text)
     except ValueError:
         value = None
     if value is None or not accepted(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    if value > largest:
+        raise argparse.ArgumentTypeError(f"{shorten(text, 60)} is too large; use at most {largest}")
     return value

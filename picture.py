@@ -14,8 +14,8 @@ import re
 import struct
 import warnings
 import zlib
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
-from files import InputError
+from program import InputError
 
 logger = logging.getLogger("smsr")
 ORIENTATION, ICC_PROFILE = 0x0112, 0x8773  # tags of EXIF and TIFF
@@ -43,7 +43,7 @@ TIFF_COLORS = {"MINISWHITE": 1, "MINISBLACK": 1, "RGB": 3, "SEPARATED": 4}  # ch
 ORIENTED_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type ")  # keys of PNG texts that may hold the orientation
 PNG_START = b"\x89PNG\r\n\x1a\n"
 CMS_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB"}  # color space of an ICC profile: mode
-NOT_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow recognizes but cannot decode
+NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow cannot decode by itself
 FOREIGN_KINDS = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".avif": "AVIF", ".jxl": "JPEG XL"}
 BRANDS = dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC")
 BRANDS |= dict.fromkeys((b"avif", b"avis"), "AVIF")  # bytes 8 to 11 of a file
@@ -475,22 +475,39 @@ def _encode_deep_png(channels, profile):
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The image files of a folder, sorted by file name. Hidden files are ignored. Raises InputError."""
+    return [path for path in _visible_files(folder) if path.suffix.lower() in _extensions()]
+
+
 def list_images(folder: Path) -> dict[str, Path]:
-    """The image files of a folder, sorted by file name: {name without extension: path}. Hidden files are ignored.
+    """The image files of a folder, as `image_files` returns them: {name without extension: path}.
 
     Raises InputError if the folder is missing or two files have the same name without extension.
     """
     images = {}
-    for path in _visible_files(folder):
-        if path.suffix.lower() in _extensions():
-            if path.stem in images:
-                raise InputError(f"{path}: has the same name as {images[path.stem].name}; rename one of them")
-            images[path.stem] = path
+    for path in image_files(folder):
+        if path.stem in images:
+            raise InputError(f"{path}: has the same name as {images[path.stem].name}; rename one of them")
+        images[path.stem] = path
     return images
 
 
+def name_images(paths: Sequence[Path]) -> dict[str, Path]:
+    """Files of one folder: {name: path}, with the extension only in the names of files that share theirs without it.
+
+    So the results of a.png and a.jpg do not have the same name, also where upper and lower case are the same.
+    """
+    stems = Counter(path.stem.casefold() for path in paths)
+    names = {path.name.casefold() for path in paths}
+    return {
+        path.name if stems[path.stem.casefold()] > 1 or path.stem.casefold() in names else path.stem: path
+        for path in paths
+    }
+
+
 def skipped_files(folder: Path) -> list[str]:
-    """What `list_images` leaves out except hidden files, one line per kind of file. Raises InputError as it does."""
+    """What `image_files` leaves out except hidden files, one line per kind of file. Raises InputError as it does."""
     by_kind = defaultdict(list)
     for path in _visible_files(folder):
         if path.suffix.lower() not in _extensions():

@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import re
 import signal
 from collections.abc import Iterator
 
 import distributed
 from checkpoint import Experiment
-from utility import InputError, is_out_of_memory
+from program import InputError, is_out_of_memory
 
 
 class Stop:
@@ -53,6 +54,11 @@ def report_failures(experiment: Experiment) -> Iterator[None]:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             problem = str(error).strip().splitlines()[0]
             raise InputError(f"{problem}; install what is missing or leave it out", argument="compile") from None
+        if str(error).startswith("DataLoader worker"):
+            killed = re.search(r"killed by signal: ([\w ]+)", str(error))
+            problem = f"a worker process was killed ({killed[1]})" if killed else "a worker process has died"
+            advice = "if memory is short, use fewer, or 0"
+            raise InputError(f"{problem}; {advice}; {resume_hint(experiment)}", "n_threads") from None
         if is_out_of_memory(error):
             advice = "use a smaller one, or more parts (split_batch)"
             raise InputError(

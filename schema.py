@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from utility import InputError
+from program import InputError
 
 Schema = Callable[[Any, str], Iterator[str]]
 MAX_PROBLEMS = 4  # in one message

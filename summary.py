@@ -14,7 +14,9 @@ import torch
 
 import distributed
 import visualize
-from utility import InputError, logger, write_whole
+from files import write_whole
+from program import InputError
+from utility import logger
 
 Row = dict[str, float]  # the numbers of one epoch, by column of log.csv
 

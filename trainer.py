@@ -1,5 +1,6 @@
 """Train a network: the schedules, one epoch, fit."""
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -10,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import distributed
 import schema
@@ -19,10 +19,11 @@ from data.device import DeviceLoader
 from data.srdata import PatchLoader, WholeImages
 from evaluation import evaluate, headline, mask_densities
 from model.inference import build_predictor
+from program import InputError
 from recovery import report_failures, resume_hint, stop_on_interrupt
 from summary import MaskMonitor, Row, RunningMeans, TensorBoard, mask_histogram, write_history
 from training_step import TrainingStep
-from utility import InputError, logger, peak_memory, synchronize
+from utility import logger, peak_memory, progress_bar, synchronize
 
 # ---- schedules, functions of the epoch 1, 2, ... ---------------------------------------------------------------------
 
@@ -82,6 +83,43 @@ class TrainSettings:
     deadline: float = math.inf  # when time.monotonic() passes it, the run saves everything and stops
 
 
+class Forecast:
+    """Logs how long an epoch takes, once and while it still begins, if that is long. A user may not want to wait.
+
+    Args:
+        steps: per epoch
+    """
+
+    LONG = 600  # seconds
+    FIRST, LAST = 1, 3  # between the ends of these steps time is measured; the first one compiles and starts workers
+
+    def __init__(self, device: torch.device, steps: int):
+        self.device, self.steps = device, steps
+        self.done, self.started = 0, 0.0
+
+    def add_step(self) -> None:
+        """Count a step that was taken."""
+        self.done += 1
+        if self.done not in (self.FIRST, self.LAST):
+            return
+        synchronize(self.device)
+        if self.done == self.FIRST:
+            self.started = time.perf_counter()
+            return
+        seconds = (time.perf_counter() - self.started) / (self.LAST - self.FIRST)
+        if seconds * self.steps >= self.LONG:
+            logger.info(
+                f"an epoch takes about {_duration(seconds * self.steps)}: {self.steps} steps of {seconds:.3g} s; "
+                "a lower test_every makes epochs shorter"
+            )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
+
+
 class Trainer:
     """Runs the steps of a training, and saves everything needed to resume at any epoch or in the middle of one.
 
@@ -113,6 +151,7 @@ class Trainer:
         self.means = RunningMeans(self.model.device)
         self.seconds, self.mask_histogram = 0.0, {}  # of the epoch in progress; of its last step
         self.mask_monitor = MaskMonitor()
+        self.forecast = Forecast(device=self.model.device, steps=loader.sampler.steps)
 
     def fit(self, epochs: int) -> bool:
         """Train up to and including the epoch `epochs`. Returns False if the run was stopped before.
@@ -143,6 +182,7 @@ class Trainer:
                 result = self.run_step(lr_images, hr_images)
                 self.means.add(result.names, result.values, result.is_good)
                 self.step += 1
+                self.forecast.add_step()
                 is_last = self.step == self.loader.sampler.steps
                 is_logging_step = is_last or self.step % self.settings.print_every == 0
                 if is_logging_step:
@@ -178,18 +218,20 @@ class Trainer:
         )
 
     def _progress_bar(self):
-        return tqdm(
-            total=self.loader.sampler.steps,
-            initial=self.step,
-            desc=f"epoch {self.epoch}",
-            leave=False,
-            disable=not distributed.is_main_process(),
-        )
+        steps = self.loader.sampler.steps
+        visible = distributed.is_main_process()
+        return progress_bar(visible=visible, total=steps, initial=self.step, desc=f"epoch {self.epoch}")
 
     def _batches(self):
-        try:
+        with self._hint_to_resume():
             if self.step < self.loader.sampler.steps:
                 yield from self.loader
+
+    @contextlib.contextmanager
+    def _hint_to_resume(self):
+        """Add to the mistakes in images how the run is resumed once they are corrected."""
+        try:
+            yield
         except InputError as error:
             raise InputError(f"{error}; then {resume_hint(self.experiment)}", error.argument) from None
 
@@ -217,10 +259,9 @@ class Trainer:
         lr, tau, lambda_ = self.schedules.at(self.epoch)
         row = {"epoch": self.epoch, "lr": lr, "tau": tau, "lambda": lambda_, **self.means.means()}
         row |= {"skipped": int(self.means.skipped[0]), "seconds": self.seconds}
-        n_images = self.loader.sampler.steps * self.loader.sampler.batch_size
         logger.info(
-            f"epoch {self.epoch}: loss {row['loss']:.4f}, active {row['active']:.3f}, lr {lr:.2e}, tau {tau:.3f}, "
-            f"lambda {lambda_:.4f}, {n_images / row['seconds']:.1f} images/s"
+            f"epoch {self.epoch}: loss {row['loss']:.4g}, active {row['active']:.2f}, lr {lr:.2g}, tau {tau:.2f}, "
+            f"lambda {lambda_:.2g}, {self.seconds:.0f} s"
         )
         self.history.append(row | self._evaluate() | self.mask_histogram)
         if distributed.is_main_process():
@@ -243,7 +284,8 @@ class Trainer:
         """The columns of log.csv that the test sets fill. Warns of masks that stay empty or full on all of them."""
         row, densities = {}, []
         for images, (suffix, model) in itertools.product(self.test_sets, self._networks()):
-            metrics = evaluate(model, images, build_predictor(model), warm_up=False)
+            with self._hint_to_resume():
+                metrics = evaluate(model, images, build_predictor(model), warm_up=False)
             psnr_name, psnr_mean = headline(metrics)
             row[f"{psnr_name}_{images.name}{suffix}"] = psnr_mean
             row[f"ssim_y_{images.name}{suffix}"] = metrics["ssim_y"]
@@ -320,8 +362,6 @@ def dry_run(trainer: Trainer, epochs: int) -> list[str]:
     step = statistics.median(seconds[3:])  # the first steps warm up, compile, and start the workers
     evaluation = sum(_seconds_to_evaluate(model, images) for images in trainer.test_sets)
     remaining = epochs - trainer.epoch + 1
-    hours = remaining * (step * sampler.steps + evaluation) / 3600
-    total = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
     side = patches.patch_size
     return [
         f"{type(model).__name__}: {model.n_parameters:,} parameters, {model.device}",
@@ -329,7 +369,7 @@ def dry_run(trainer: Trainer, epochs: int) -> list[str]:
         f"per epoch: {sampler.steps} batches, cut from {len(patches)} images",
         f"time per step: {step:.3f} s, per evaluation: about {evaluation:.1f} s",
         f"peak memory: {peak_memory(model.device) / 2**30:.2f} GiB",
-        f"remaining epochs: {remaining}, about {total}",
+        f"remaining epochs: {remaining}, about {_duration(remaining * (step * sampler.steps + evaluation))}",
     ]
 
 

@@ -20,7 +20,8 @@ from loss import Loss
 from loss.sparsity import active_shares
 from model.engines.graphs import StepGraph
 from model.network import Network
-from utility import InputError, logger
+from program import InputError
+from utility import logger
 
 
 @dataclass(frozen=True)

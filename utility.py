@@ -6,10 +6,11 @@ import json
 import logging
 import math
 import os
+import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from files import InputError, shorten, write_whole
+from files import write_whole
+from program import InputError
 
 try:
     import resource
@@ -25,55 +27,37 @@ except ImportError:  # on Windows
     resource = None
 
 logger = logging.getLogger("smsr")
-INTERRUPTED = 130  # exit code after Ctrl-C
 PRECISIONS = {"single": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- programs --------------------------------------------------------------------------------------------------------
 
 
-def run_program(main: Callable[[], int | None], memory_hint: str = "use smaller images") -> None:
-    """Run `main()` and exit with what it returns; report a user's mistake in one line, with exit code 2.
+class Console(logging.Handler):
+    """Prints log lines above the progress bars. Raises OSError if standard output cannot be written."""
 
-    memory_hint: what to do if memory runs out
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # replaced by an object that is not a text file
-            stream.reconfigure(errors="backslashreplace")  # names and signs that the terminal's encoding lacks
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"error: {error.for_command_line()}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            error.filename = "standard output"
             raise
-        print(shorten(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"error: out of memory; {memory_hint}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
 
 
-def launched_processes() -> int:
-    """How many processes torchrun or another launcher started, this one included; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+def log_to_console() -> None:
+    """Let a program print its log."""
+    logging.basicConfig(handlers=[Console()], format="%(message)s", level=logging.INFO, force=True)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a MemoryError or RuntimeError means that memory ran out; on a CPU PyTorch raises a plain RuntimeError."""
-    phrases = ("out of memory", "not enough memory", "allocate memory", "memory object", "bad_alloc")
-    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
+def progress_bar(items: Iterable | None = None, visible: bool = True, **options: Any) -> tqdm:
+    """A bar of tqdm, with its `options`, if stderr is a terminal: a file is to hold whole lines only."""
+    return tqdm(items, leave=False, disable=None if visible else True, **options)
 
 
 def in_parallel(function: Callable, items: Sequence, n_threads: int, title: str) -> list:
     """Return [function(item) for item in items], computed in threads with a progress bar. The first error ends it."""
-    with ThreadPoolExecutor(max(1, n_threads)) as pool, tqdm(total=len(items), desc=title, leave=False) as bar:
+    with ThreadPoolExecutor(max(1, n_threads)) as pool, progress_bar(total=len(items), desc=title) as bar:
         futures = [pool.submit(function, item) for item in items]
         try:
             for future in as_completed(futures):
@@ -107,6 +91,12 @@ def pick_device(name: str) -> torch.device:
     except Exception:  # each kind of device fails in its own way
         raise InputError(f"no such device {name!r} on this machine; use cpu or auto", argument="device") from None
     return device
+
+
+def has_fast_bf16() -> bool:
+    """Whether this processor has instructions for products of bfloat16. True where that is unknown."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+    return not is_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def be_deterministic(wanted: bool = True) -> None:

@@ -7,11 +7,12 @@ import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure  # pyplot would look for a window system
-from matplotlib.patches import Rectangle
+
+if TYPE_CHECKING:  # importing it takes a second, and most calls draw nothing
+    from matplotlib.figure import Figure
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
 
@@ -27,6 +28,8 @@ def density_map(masks: np.ndarray) -> np.ndarray:
 
     Pixels that all masks zero out are black, pixels that all masks keep are yellow.
     """
+    from matplotlib import colormaps
+
     colors = colormaps["inferno"](np.mean(masks, axis=0))
     return (colors[..., :3] * 255).round().astype(np.uint8)
 
@@ -47,7 +50,7 @@ def mask_sheet(name: str, lr: np.ndarray, sr: np.ndarray, masks: np.ndarray) -> 
     rows = -(-len(panels) // columns)
     height, width = lr.shape[:2]
     panel_height = min(max(3 * height / width, 1), 9)
-    figure = Figure(figsize=(3 * columns, rows * (panel_height + 0.3) + 0.4), layout="constrained")
+    figure = _new_figure(3 * columns, rows * (panel_height + 0.3) + 0.4)
     figure.suptitle(name)
     for index, (image, title) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
@@ -59,7 +62,7 @@ def mask_sheet(name: str, lr: np.ndarray, sr: np.ndarray, masks: np.ndarray) -> 
 
 def channel_sheet(channel_masks: Sequence[np.ndarray]) -> bytes:
     """A figure of the channel masks of K SMMs, bool (C, L) each, with one row per layer. White channels are dense."""
-    figure = Figure(figsize=(9, 1 + 0.25 * sum(mask.shape[1] + 2 for mask in channel_masks)), layout="constrained")
+    figure = _new_figure(9, 1 + 0.25 * sum(mask.shape[1] + 2 for mask in channel_masks))
     for k, mask in enumerate(channel_masks):
         n_feats, n_layers = mask.shape
         axes = figure.add_subplot(len(channel_masks), 1, k + 1)
@@ -83,10 +86,12 @@ def comparison(image: np.ndarray, crop: tuple[int, int, int, int], panels: Seque
         crop: x, y, width and height in pixels of the image
         panels: (uint8 array (height, width, 3), title) of each crop
     """
+    from matplotlib.patches import Rectangle
+
     x, y, width, height = crop
     columns = 1 + len(panels)
     ratios = [image.shape[1] / image.shape[0]] + [width / height] * len(panels)
-    figure = Figure(figsize=(2.4 * sum(ratios) + 0.2, 3), layout="constrained")
+    figure = _new_figure(2.4 * sum(ratios) + 0.2, 3)
     grid = figure.add_gridspec(1, columns, width_ratios=ratios)
     for index, (panel, title) in enumerate([(image, ""), *panels]):
         axes = figure.add_subplot(grid[index])
@@ -122,7 +127,7 @@ def curves(
         label: label of the y axes
         limits: lower and upper end of the y axes, with a margin; None: as the values ask for
     """
-    figure = Figure(figsize=(7, 1.2 + 2.4 * len(panels)), layout="constrained")
+    figure = _new_figure(7, 1.2 + 2.4 * len(panels))
     grid = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (title, columns) in zip(grid, panels.items(), strict=True):
         for index, (name, column) in enumerate(columns.items()):
@@ -154,7 +159,7 @@ def mask_curves(history: Sequence[Mapping[str, float]], bins: Sequence[str]) -> 
         history: one {column: value} per epoch; rows without the bins are skipped
         bins: columns of the history, from the lowest values of m to the highest; each holds a share of the pixels
     """
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    figure = _new_figure(7, 3.6)
     axes = figure.add_subplot(xlabel="epoch", ylabel="share of pixels")
     rows = [row for row in history if bins[0] in row]
     shares = [[row[column] for row in rows] for column in bins]
@@ -166,7 +171,14 @@ def mask_curves(history: Sequence[Mapping[str, float]], bins: Sequence[str]) -> 
     return to_png(figure)
 
 
-def to_png(figure: Figure, dpi: int = 120) -> bytes:
+def _new_figure(width, height):
+    """An empty figure of this size in inches."""
+    from matplotlib.figure import Figure  # pyplot would look for a window system
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def to_png(figure: "Figure", dpi: int = 120) -> bytes:
     """Render a figure as the bytes of a PNG file."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=dpi)

@@ -16,7 +16,8 @@ from data import demo, div2k, imageset
 from data.device import DeviceLoader, build_device_loader
 from data.imageset import ImageSet
 from data.srdata import EpochSampler, Patches, PatchLoader, PatchSettings, WholeImages
-from utility import InputError, logger
+from program import InputError
+from utility import logger
 
 TRAIN, TEST = 0, 1  # indices into DataSettings.data_range and DIV2K_RANGES
 DIV2K_RANGES = ((1, 800), (801, 810))  # training and validation images as in EDSR

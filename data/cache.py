@@ -23,7 +23,9 @@ import numpy as np
 import torch
 
 from data.image import image_size, read_image
-from utility import InputError, in_parallel, remove_unfinished, write_whole
+from files import write_whole
+from program import InputError
+from utility import in_parallel, remove_unfinished
 
 CACHE_KINDS = ("img", "sep", "sep_reset", "bin", "device")
 MAX_NAME_BYTES = 180  # longer names are replaced by a hash

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from data.image import list_images
 from data.imageset import ImageSet
-from picture import skipped_files
-from utility import InputError, logger
+from picture import image_files, name_images, skipped_files
+from program import InputError
+from utility import logger
 
 
 def find(dir_demo: str | Path) -> ImageSet:
@@ -18,8 +18,10 @@ def find(dir_demo: str | Path) -> ImageSet:
     path = Path(dir_demo)
     if path.is_file():
         images = {path.stem: path}
+    elif not path.exists():
+        raise InputError(f"no such file or folder {str(path)!r}; check the path", argument="dir_demo")
     else:
-        images = list_images(path)
+        images = name_images(image_files(path))
         for line in skipped_files(path):
             logger.warning(line)
     if not images:

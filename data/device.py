@@ -16,7 +16,8 @@ import torch
 from data import cache
 from data.prefetch import Prefetcher
 from data.srdata import EpochSampler, Patches, Place
-from utility import free_memory, in_parallel, is_out_of_memory, logger
+from program import is_out_of_memory
+from utility import free_memory, in_parallel, logger
 
 MAX_SHARE = 0.5  # of the free memory of the device that the images may take; training needs the rest
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data import imageset
 from data.imageset import ImageSet
-from utility import InputError
+from program import InputError
 
 
 def find(root: Path, scale: int) -> ImageSet:

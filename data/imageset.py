@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.image import image_size, list_images
-from utility import InputError
+from program import InputError
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def pair_up(hr_folder: Path, lr_folder: Path, scale: int, remedy: str) -> dict[s
         remedy: how to obtain missing LR images, as an imperative sentence for error messages
 
     Raises:
-        InputError: an image has no partner, or the sizes of a pair do not fit the scale
+        InputError: an image has no partner, or the sizes of a pair do not fit the scale; broken files are not reported
     """
     hr_images = list_images(hr_folder)
     if not lr_folder.is_dir():
@@ -56,7 +56,11 @@ def pair_up(hr_folder: Path, lr_folder: Path, scale: int, remedy: str) -> dict[s
     if without_hr:
         raise InputError(f"{without_hr[0]}: has no HR image in {hr_folder}; remove it or add the HR image")
     for hr, lr in pairs.values():
-        check_sizes(hr, lr, scale)
+        try:
+            sizes = image_size(hr), image_size(lr)
+        except InputError:  # one broken file does not spoil a set: whoever reads the images reports it
+            continue
+        _check_fit(hr, lr, sizes, scale)
     return pairs
 
 
@@ -89,8 +93,15 @@ def lr_names(name: str, scale: int, hr_names: Container[str]) -> list[str]:
 
 
 def check_sizes(hr: Path, lr: Path, scale: int) -> None:
-    """Raise InputError unless height and width of the LR image are those of the HR image / scale, rounded down."""
-    hr_size, lr_size = image_size(hr), image_size(lr)
+    """Raise InputError unless height and width of the LR image are those of the HR image / scale, rounded down.
+
+    Also raises InputError if a file cannot be read.
+    """
+    _check_fit(hr, lr, (image_size(hr), image_size(lr)), scale)
+
+
+def _check_fit(hr, lr, sizes, scale):
+    hr_size, lr_size = sizes
     if tuple(length // scale for length in hr_size) != lr_size:
         (h, w), (lr_h, lr_w) = hr_size, lr_size
         raise InputError(

@@ -1,6 +1,7 @@
 """Pairs of HR and LR images: random patches for training, whole images for testing."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from data.image import image_size, read_image
 from data.imageset import ImageSet
 from data.prefetch import Prefetcher
 from picture import Picture, read_picture
-from utility import InputError
+from program import InputError
 
 CPU = torch.device("cpu")
 
@@ -88,6 +89,15 @@ class Patches(Dataset):
         hr = hr[top * scale : (top + size) * scale, left * scale : (left + size) * scale]
         return _turn(lr, *turn), _turn(hr, *turn)
 
+    def __getitems__(
+        self, keys: Sequence[tuple[int, int, int]]
+    ) -> list[tuple[np.ndarray, np.ndarray]] | InputError | OSError:
+        """The items of a batch, or the error of reading them: a worker process can only raise its text."""
+        try:
+            return [self[key] for key in keys]
+        except (InputError, OSError) as error:
+            return error
+
     def place(self, lr_shape: Sequence[int], epoch: int, draw: int) -> Place:
         """Draw the place of a patch in an image whose low-resolution shape is (H, W, ...)."""
         rng = np.random.default_rng((self.seed, epoch, draw))
@@ -127,13 +137,17 @@ class EpochSampler(Sampler):
         return (self.steps - self.first_step) * self.share
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        images = itertools.islice(self._images(), self.first_step * self.batch_size, self.steps * self.batch_size)
+        mine = range(self.rank * self.share, (self.rank + 1) * self.share)
+        for draw, image in enumerate(images, self.first_step * self.batch_size):
+            if draw % self.batch_size in mine:
+                yield image, self.epoch, draw
+
+    def _images(self):
+        """The image of each draw of the epoch, without end."""
         rng = np.random.default_rng((self.seed, self.epoch))
-        draws = self.steps * self.batch_size
-        order = np.concatenate([rng.permutation(self.n_images) for _ in range(-(-draws // self.n_images))])
-        for step in range(self.first_step, self.steps):
-            first = step * self.batch_size + self.rank * self.share
-            for draw in range(first, first + self.share):
-                yield int(order[draw]), self.epoch, draw
+        while True:
+            yield from rng.permutation(self.n_images).tolist()
 
 
 class PatchLoader(DataLoader):
@@ -164,7 +178,7 @@ class PatchLoader(DataLoader):
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         batches = super().__iter__()  # in the main thread, which a signal then tells if a worker has died
-        return self.prefetch([torch.from_numpy(array) for array in arrays] for arrays in batches)
+        return self.prefetch(map(_to_tensors, batches))
 
 
 class WholeImages(Dataset):
@@ -190,6 +204,11 @@ class WholeImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def check_files(self) -> None:
+        """Raise InputError if a file cannot be read as an image. The pixels are not decoded."""
+        for path in (path for pair in self.paths for path in pair if path):
+            image_size(path)
 
     def source(self, name: str) -> Picture:
         """An image without HR image as it is in its file, with alpha and color profile. Raises InputError."""
@@ -217,7 +236,8 @@ def _check_trainable(images, patch_size):
         raise InputError(
             f"{images.name} ({images.root}) holds no HR images to train on; choose another set", argument="data_train"
         )
-    for _, lr in images.pairs.values():
+    for hr, lr in images.pairs.values():
+        image_size(hr)
         height, width = image_size(lr)
         if min(height, width) < patch_size:
             raise InputError(
@@ -228,8 +248,15 @@ def _check_trainable(images, patch_size):
 
 
 def _stack(pairs):
-    """N pairs of arrays (LR, HR), each (H, W, n_colors) -> [LR, HR], each (N, H, W, n_colors)."""
-    return [np.stack(images) for images in zip(*pairs, strict=True)]
+    """N pairs of arrays (LR, HR), each (H, W, n_colors) -> [LR, HR], each (N, H, W, n_colors); errors stay errors."""
+    return pairs if isinstance(pairs, Exception) else [np.stack(images) for images in zip(*pairs, strict=True)]
+
+
+def _to_tensors(arrays):
+    """Arrays from a worker process -> tensors. Raises the error that it sent instead."""
+    if isinstance(arrays, Exception):
+        raise arrays
+    return [torch.from_numpy(array) for array in arrays]
 
 
 def _turn(patch, flip_rows, flip_columns, transpose):

@@ -10,7 +10,7 @@ from torch import nn
 import schema
 from loss.adversarial import ADVERSARIAL_KINDS, Adversarial, AdversarialSettings
 from loss.vgg import VGG, VGG_LAYERS
-from utility import InputError
+from program import InputError
 
 LOSS_NAMES = ("L1", "MSE", *VGG_LAYERS, *ADVERSARIAL_KINDS)
 MIN_HR_SIZE = {"VGG22": 2, "VGG54": 16, **dict.fromkeys(ADVERSARIAL_KINDS, 32)}  # height and width of HR patches

@@ -8,7 +8,7 @@ from torch import nn
 
 import schema
 from loading import load_tensors
-from utility import InputError
+from program import InputError
 
 # Number of layers of VGG19 that compute the features. VGG<i><j> are those of the j-th convolution (before its ReLU)
 # before the i-th max pooling.

@@ -11,7 +11,8 @@ from model.edsr import EDSR
 from model.network import Network
 from model.smsr import SMSR
 from model.weights import StateDict, read_weights
-from utility import InputError, logger
+from program import InputError
+from utility import free_memory, logger
 
 MODELS: dict[str, type[Network]] = {"SMSR": SMSR, "EDSR": EDSR}
 # What `translate`, `hyperparameters` and the constructor raise on the weights of another network.
@@ -102,6 +103,13 @@ def _check_sizes(name, sizes, stored, origin):
 
 def _construct(network, sizes):
     try:
+        with torch.device("meta"):
+            needed = 4 * network(**sizes).n_parameters
+        if needed > free_memory(torch.device("cpu")):
+            raise InputError(
+                f"the weights of this network need {needed / 2**30:.0f} GiB of memory, more than is free; use fewer",
+                argument="n_feats",
+            )
         return network(**sizes)
     except ValueError as error:
         raise InputError(f"{error}; choose another scale", argument="scale") from None

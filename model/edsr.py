@@ -12,7 +12,7 @@ from torch import nn
 from model.common import check_finite, check_images, conv3x3
 from model.network import Cost, Network, conv_macs, count_modules, drop_mean_shifts, stored_settings
 from model.tiling import Tile, map_tiles, split_into_tiles
-from utility import InputError
+from program import InputError
 
 
 class ResBlock(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from model.common import mean_color
-from utility import InputError
+from program import InputError
 
 MAX_SCALE = 64  # larger ones are a mistake
 MEAN_SHIFTS = ("sub_mean.", "add_mean.")  # published checkpoints keep the mean as two fixed convolutions

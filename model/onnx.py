@@ -24,7 +24,7 @@ from model.common import bicubic_weights
 from model.edsr import EDSR
 from model.network import Network
 from model.sparse import BlockPlan, LayerPlan, Plan, find_neighbors, to_image, to_matrix, to_rows
-from utility import InputError
+from program import InputError
 
 if TYPE_CHECKING:
     import onnx

@@ -269,6 +269,11 @@ class SMSR(Network):
         self._forget_plan()
 
     @property
+    def engine(self) -> str:
+        """The name of the engine that runs inference, of engines.NAMES. Raises InputError if the chosen one cannot."""
+        return engines.name_of(self._current_engine())
+
+    @property
     def peak_maps(self) -> int:
         """Feature maps that inference holds in memory at its peak."""
         engine = self._engine or self._current_engine()  # whether weights have changed is checked by `inference`

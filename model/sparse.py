@@ -26,7 +26,8 @@ from model.common import check_finite, pad_to_multiple
 from model.matmul import build_matmul
 from model.network import Cost, conv_macs
 from model.tiling import Tile, map_tiles, split_into_tiles
-from utility import InputError, measure_once, seconds_of
+from program import InputError
+from utility import measure_once, seconds_of
 
 INFERENCE_MODES = ("auto", "sparse", "dense")
 CPU_TILE = 180  # side of a tile on a CPU, where larger maps leave the cache and the heap

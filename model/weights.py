@@ -1,5 +1,6 @@
 """Weights files: read them as others wrote them, and write them."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import torch
 
 import schema
+from files import write_whole
 from loading import load_tensors
-from utility import InputError, logger, save_torch, write_whole
+from program import InputError
+from utility import logger, save_torch
 
 StateDict = dict[str, torch.Tensor]
 
@@ -73,3 +76,12 @@ def write_weights(path: str | Path, state_dict: StateDict) -> None:
     except ImportError:
         raise InputError(f"{path}: the safetensors package is not installed; pip install safetensors") from None
     write_whole(path, save({key: value.contiguous() for key, value in state_dict.items()}))
+
+
+def fingerprint(state_dict: StateDict) -> str:
+    """A key of the content of a state dict."""
+    content = hashlib.sha256()
+    for name, value in state_dict.items():
+        content.update(f"{name} {tuple(value.shape)}".encode())
+        content.update(value.float().cpu().numpy().tobytes())
+    return content.hexdigest()

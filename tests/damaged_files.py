@@ -129,12 +129,12 @@ def make_report():
 
 
 def run_onnx():
-    from tools import run_onnx
+    from tools.run_onnx import main
 
-    run_onnx.main(["--model", "w.onnx", "--input", "photos", "--output", "out", "--threads", "1"])
-    return 0
+    return main(["--model", "w.onnx", "--input", "photos", "--output", "out", "--threads", "1"])
 
 
+UPSCALE = "--pre_train weights.pt --test_only --save up --data_test "
 RESUME = run_main("--load run --dry_run")
 KINDS = {  # the file to damage, how, and what reads it
     "weights": ("weights.pt", damage_torch, load_weights),
@@ -142,7 +142,10 @@ KINDS = {  # the file to damage, how, and what reads it
     "options": ("experiment/run/options.json", damage_json, RESUME),
     "results": ("experiment/tested/results-Tiny2-x2/metrics.json", damage_json, make_report),
     "cache": ("data/Tiny/bin/HR/*.npy", damage_plain, run_main("--load run --dry_run")),
+    "images": ("photos/*", damage_plain, run_main(f"{UPSCALE} demo --dir_demo photos")),
     "onnx": ("w.onnx", damage_plain, run_onnx),
+    "mp4": ("clip.mp4", damage_plain, run_main(f"{UPSCALE} video --dir_demo clip.mp4")),
+    "mkv": ("clip.mkv", damage_plain, run_main(f"{UPSCALE} video --dir_demo clip.mkv")),
 }
 
 

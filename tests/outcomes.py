@@ -11,7 +11,6 @@ import random
 import re
 import resource
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,8 +37,7 @@ def copies(folder: Path, kind: str, seed: int, count: int) -> Iterator[tuple[int
 
 def find_fault(program: Callable[[], int | None]) -> str | None:
     """What is wrong with the outcome of a program; None if nothing is. Exits if the program takes too long."""
-    from tools.run_onnx import InputError as RunError
-    from utility import run_program
+    from program import run_program
 
     output, errors = io.StringIO(), io.StringIO()
     code = None
@@ -49,9 +47,6 @@ def find_fault(program: Callable[[], int | None]) -> str | None:
             run_program(program)
         except SystemExit as stop:
             code = stop.code
-        except RunError as error:
-            code = 2
-            print(f"error: {error}", file=sys.stderr)
         except BaseException as error:
             return f"{type(error).__name__}: {str(error)[:300]}"
         finally:

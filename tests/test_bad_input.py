@@ -4,12 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from main import main
 
-COUNTS = {"weights": 110, "checkpoint": 50, "options": 40, "results": 50, "cache": 10, "onnx": 40}  # 300 files
+COUNTS = {"weights": 90, "checkpoint": 45, "options": 35, "results": 40, "cache": 10, "onnx": 30, "images": 40}
+COUNTS |= {"mp4": 10, "mkv": 10}  # 310 files
 N_COMMANDS = 300
 TRAIN = (
     "--dir_data data --data_train Tiny --data_test Tiny2 --n_feats 8 --n_blocks 1 --n_layers 2 --patch_size 8 "
@@ -32,6 +35,13 @@ def folder(tmp_path, monkeypatch, make_set, tiny):
     return tmp_path
 
 
+def write_photos(folder):
+    (folder / "photos").mkdir()
+    image = Image.open(folder / "data/Tiny/HR/img0.png").crop((0, 0, 10, 8))
+    for index, suffix in enumerate(("png", "jpg", "tif", "ppm", "webp", "bmp", "gif")):
+        image.save(folder / f"photos/img{index}.{suffix}")
+
+
 def run(program, *arguments):
     command = [sys.executable, Path(__file__).with_name(program), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=900)
@@ -43,6 +53,13 @@ def test_damaged_files_work_or_are_reported_in_one_line(folder, kind, request):
         exported = request.getfixturevalue("exported")
         (folder / "w.onnx").write_bytes((exported / "w.onnx").read_bytes())
         (folder / "data/benchmark/Tiny2/HR").rename(folder / "photos")
+    if kind == "images":
+        write_photos(folder)
+    if kind in ("mp4", "mkv"):
+        from tests.data import clips  # skips the test without PyAV
+
+        frames = list(np.random.default_rng(0).integers(0, 256, (4, 24, 32, 3), dtype=np.uint8))
+        clips.write_clip(folder / f"clip.{kind}", frames, codec="mpeg4", pix_fmt="yuv420p", sound=["aac"])
     done = run("damaged_files.py", kind, folder, "0", str(COUNTS[kind]))
     assert done.stdout == ""
     assert done.returncode == 0, done.stderr
@@ -50,8 +67,7 @@ def test_damaged_files_work_or_are_reported_in_one_line(folder, kind, request):
 
 def test_odd_commands_work_or_are_refused_in_one_line(folder, exported):
     (folder / "w.onnx").write_bytes((exported / "w.onnx").read_bytes())
-    (folder / "photos").mkdir()
-    (folder / "photos/img0.png").write_bytes((folder / "data/Tiny/HR/img0.png").read_bytes())
+    write_photos(folder)
     (folder / "photos/notes.txt").write_text("no image")
     done = run("odd_commands.py", folder, "0", str(N_COMMANDS))
     assert done.stdout == ""

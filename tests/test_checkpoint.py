@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from checkpoint import Experiment, write_options
-from utility import InputError, logger, save_torch
+from program import InputError
+from utility import logger, save_torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,44 +78,52 @@ def test_the_name_of_a_run_is_a_plain_folder_name(name, tmp_path):
     assert "\n" not in line
 
 
-def test_a_run_is_not_overwritten_and_reset_deletes_only_this_run(tmp_path, experiment):
+def fill(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+
+
+RUN = (
+    "options.json",
+    "checkpoint.pt",
+    "log.csv",
+    "loss.png",
+    "model/model_best.pt",
+    "tensorboard/events.out.tfevents.1",
+)
+OTHERS = ("notes", "data/Set/HR/a.png", "model/vgg.pt", "results-Set5-x2/metrics.json", "lost+found/x", "log.txt.old")
+
+
+def test_a_reset_deletes_the_run_and_nothing_else(tmp_path, experiment):
     other = Experiment("other", tmp_path)
     other.create()
-    experiment.create()  # the folder is empty: there is nothing to lose
+    fill(other.folder, RUN)
+    fill(experiment.folder, OTHERS)
+    experiment.create()
     assert not experiment.exists()
-    (experiment.folder / "notes").write_text("")
+    fill(experiment.folder, RUN)
     assert experiment.exists()
     with pytest.raises(InputError, match=r"run: already contains a run; choose another name"):
         experiment.create()
-    assert (experiment.folder / "notes").exists()
+    assert all((experiment.folder / name).exists() for name in RUN + OTHERS)
     experiment.create(reset=True)
-    assert list(experiment.folder.iterdir()) == []
-    assert other.folder.is_dir()
+    assert not experiment.exists()
+    assert not any((experiment.folder / name).exists() for name in RUN)
+    assert all((experiment.folder / name).exists() for name in OTHERS)
+    assert all((other.folder / name).exists() for name in RUN)
 
 
-def test_a_run_contains_the_files_in_its_folder(tmp_path, monkeypatch, experiment):
-    assert experiment.contains(experiment.weights_path("best"))
-    assert experiment.contains(str(experiment.folder / "notes"))
-    assert not experiment.contains(tmp_path / "weights.pt")
-    assert not experiment.contains(experiment.folder / "../weights.pt")
-    assert not experiment.contains(tmp_path / "run2/weights.pt")
-    monkeypatch.chdir(experiment.folder)
-    assert experiment.contains("weights.pt")
-    (tmp_path / "link").symlink_to(experiment.folder)
-    assert experiment.contains(tmp_path / "link/weights.pt")
-
-
-def test_results_have_a_folder_per_set_and_scale_that_reset_empties(experiment):
-    folder = experiment.create_results("Set5", 2)
-    assert folder == experiment.folder / "results-Set5-x2"
-    (folder / "metrics.json").touch()
-    other = experiment.create_results("Set5", 3)
-    (other / "metrics.json").touch()
-    assert experiment.create_results("Set5", 2) == folder
-    assert (folder / "metrics.json").exists()
-    experiment.create_results("Set5", 2, reset=True)
-    assert list(folder.iterdir()) == []
-    assert (other / "metrics.json").exists()
+@pytest.mark.skipif(os.name == "nt", reason="needs symbolic links")
+def test_a_folder_that_is_a_symbolic_link_is_emptied_and_kept(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    experiment = Experiment("run", tmp_path)
+    experiment.create()
+    fill(experiment.folder, RUN)
+    experiment.create(reset=True)
+    assert (tmp_path / "run").is_symlink()
+    assert not [path for path in (tmp_path / "disk").rglob("*") if path.is_file()]
 
 
 def test_weights_are_saved_under_their_names(experiment):
@@ -241,8 +251,9 @@ def test_a_folder_that_does_not_exist_needs_no_lock(tmp_path):
 
 def test_results_of_a_test_do_not_stand_in_the_way_of_a_run(tmp_path):
     experiment = Experiment("run", tmp_path)
-    results = experiment.create_results("Set5", 2)
-    (results / "metrics.json").write_text("{}")
+    results = experiment.results_folder("Set5", 2)
+    assert results == experiment.folder / "results-Set5-x2"
+    fill(results, ["metrics.json"])
     assert not experiment.exists()
     experiment.create()
     assert (results / "metrics.json").exists()
@@ -253,3 +264,8 @@ def test_the_folder_of_the_released_weights_is_no_run(tmp_path):
         with pytest.raises(InputError, match="'released' is the folder of the released weights") as error:
             Experiment("released", tmp_path, argument)
         assert error.value.argument == argument
+    (tmp_path / "released/SMSR_X2").mkdir(parents=True)
+    for name, target in (("link", "released"), ("deep", "released/SMSR_X2")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        with pytest.raises(InputError, match="is the folder of the released weights"):
+            Experiment(name, tmp_path)

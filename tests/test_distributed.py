@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 import distributed
 from main import main
-from utility import InputError
+from program import InputError, launched_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "main.py")]
@@ -24,6 +25,8 @@ TRAIN = (
     "--test_every 3 --n_threads 0 --cpu --save run"
 )
 EDSR = f"{TRAIN} --model EDSR --n_feats 8 --n_resblocks 1 --optimizer SGD --lr 1e-5"
+
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 
@@ -151,8 +154,8 @@ def test_a_batch_that_cannot_be_divided_evenly_is_refused(folder):
 
 
 def test_a_process_needs_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(
         InputError, match="process 2 runs on a machine with 1 GPUs; start one process per GPU"
@@ -162,6 +165,55 @@ def test_a_process_needs_a_gpu_of_its_own(monkeypatch):
     with pytest.raises(InputError, match="use cuda instead of cuda:1") as caught:
         distributed.start("cuda:1")
     assert caught.value.argument == "device"
+
+
+SINGLE = [
+    {"WORLD_SIZE": ""},
+    {"WORLD_SIZE": "two"},
+    {"WORLD_SIZE": "2"},
+    {"WORLD_SIZE": "2", "RANK": "0"},
+    {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+    {"RANK": "1", "LOCAL_RANK": "1"},
+    {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7"},
+    {**LAUNCHED, "RANK": ""},
+    {**LAUNCHED, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+]
+
+
+@pytest.mark.parametrize("variables", SINGLE, ids=str)
+def test_without_all_variables_of_a_launcher_a_process_is_alone(monkeypatch, caplog, variables):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launched_processes() == 1
+    with caplog.at_level("INFO"):
+        assert distributed.start("cpu") == torch.device("cpu")
+    assert ("running as a single process; torchrun starts several" in caplog.text) == (
+        variables.get("WORLD_SIZE", "1") not in ("", "1")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "0"), ("WORLD_SIZE", "x"), ("RANK", "2"), ("RANK", "-1"), ("MASTER_PORT", "a")],
+)
+def test_contradicting_variables_of_a_launcher_are_reported(monkeypatch, name, value):
+    for variable, right in {**LAUNCHED, name: value}.items():
+        monkeypatch.setenv(variable, right)
+    with pytest.raises(InputError, match=rf"{name}={value}.*: not as a launcher sets them; start with torchrun"):
+        distributed.start("cpu")
+
+
+def test_processes_that_cannot_connect_are_reported(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in {**LAUNCHED, "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(InputError, match=r"^the processes cannot connect \(.*\); start them with torchrun$"):
+            distributed.start("cpu")
 
 
 def test_a_single_process_exchanges_nothing():

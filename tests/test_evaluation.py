@@ -5,11 +5,26 @@ import pytest
 import torch
 
 from data import DataSettings, build_test_sets
+from data.image import write_png
 from evaluation import compare, evaluate, headline, macs_at_1280x720, mask_densities, masks_of, table
 from metrics import psnr
 from model.inference import build_predictor
 from model.network import Cost
-from utility import InputError
+from program import InputError
+
+
+class Kept:
+    """Results in memory: those of earlier calls, and what this one saves."""
+
+    def __init__(self, done=()):
+        self.done, self.saved, self.failed = dict(done), {}, {}
+
+    def find(self, name):
+        return self.done.get(name)
+
+    def save(self, row, cost, **pictures):
+        self.done[row["name"]] = row, cost
+        self.saved[row["name"]] = {"row": row, **pictures}
 
 
 def test_benchmark_sets_are_measured_on_y_and_others_on_rgb_too():
@@ -24,8 +39,8 @@ def test_benchmark_sets_are_measured_on_y_and_others_on_rgb_too():
 
 def test_evaluate_reports_as_documented(make_set, tiny):
     (images,) = build_test_sets(["Tiny"], DataSettings(make_set(benchmark=True)))
-    saved = {}
-    metrics = evaluate(tiny, images, save=lambda name, *pictures: saved.update({name: pictures}))
+    results = Kept()
+    metrics = evaluate(tiny, images, results=results)
     assert list(metrics) == [
         *("dataset", "scale", "model", "parameters", "psnr_y", "ssim_y", "n_images", "seconds_per_image"),
         *("gmacs", "gmacs_dense", "gmacs_run", "gmacs_at_1280x720", "gmacs_dense_at_1280x720"),
@@ -44,9 +59,11 @@ def test_evaluate_reports_as_documented(make_set, tiny):
     assert metrics["gmacs_dense"] == pytest.approx(tiny.inference(x)[1].macs_dense / 1e9)
     assert metrics["gmacs_at_1280x720"] == pytest.approx(metrics["gmacs"] / (20 * 24) * (1280 * 720 / 4))
     sr = tiny(x)[0].clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
-    saved_lr, saved_sr, masks = saved["img1"]
-    assert np.array_equal(saved_lr, lr)
-    assert np.array_equal(saved_sr, sr)
+    saved = results.saved["img1"]
+    masks = saved["masks"]
+    assert np.array_equal(saved["lr"], lr)
+    assert np.array_equal(saved["sr"], sr)
+    assert saved["row"] == row
     assert masks.shape == (2, 20, 24)
     assert masks.mean(axis=(1, 2)) == pytest.approx(row["mask_density"])
     assert row["psnr_y"] == pytest.approx(compare(sr, hr, 2)["psnr_y"])
@@ -163,3 +180,56 @@ def test_the_mean_of_images_without_error_is_infinite(make_set, tiny, monkeypatc
     monkeypatch.setattr("evaluation.compare", lambda *_, **__: {"psnr_y": math.inf, "ssim_y": 1.0})
     assert evaluate(tiny, images)["psnr_y"] == math.inf
     assert not caplog.messages
+
+
+def test_a_test_goes_on_without_the_images_that_fail(make_set, tiny):
+    folder = make_set(benchmark=True, count=4)
+    whole, broken = folder / "benchmark/Tiny/HR/img1.png", folder / "benchmark/Tiny/LR_bicubic/X2/img2.png"
+    whole.write_bytes(whole.read_bytes()[:-40])
+    broken.write_bytes(b"")
+
+    def predict(x):
+        if (x == x.flatten()[0]).all():
+            raise MemoryError
+        return tiny.inference(x)
+
+    (images,) = build_test_sets(["Tiny"], DataSettings(folder))
+    write_png(folder / "benchmark/Tiny/LR_bicubic/X2/img3.png", np.zeros((20, 24, 3), np.uint8))
+    results = Kept()
+    metrics = evaluate(tiny, images, predict, results)
+    assert list(results.failed) == ["img1", "img2", "img3"]
+    assert "img1.png: not an image, or broken" in results.failed["img1"]
+    assert "img2.png: not an image, or broken" in results.failed["img2"]
+    assert results.failed["img3"].startswith("--chop: img3: not enough memory")
+    assert [row["name"] for row in metrics["images"]] == ["img0"]
+    assert metrics["psnr_y"] == metrics["images"][0]["psnr_y"]
+    with pytest.raises(InputError, match=r"img1\.png"):
+        evaluate(tiny, images, predict)
+
+
+def test_without_any_image_there_are_no_means(make_set, tiny):
+    folder = make_set(count=1)
+    (folder / "Tiny/HR/img0.png").write_bytes(b"")
+    (images,) = build_test_sets(["Tiny"], DataSettings(folder))
+    metrics = evaluate(tiny, images, results=Kept())
+    assert (metrics["n_images"], metrics["images"]) == (0, [])
+    assert "psnr_y" not in metrics
+
+
+def test_what_is_done_is_not_done_again(make_set, tiny):
+    (images,) = build_test_sets(["Tiny"], DataSettings(make_set()))
+    first = Kept()
+    expected = evaluate(tiny, images, results=first)
+    calls = []
+
+    def predict(x):
+        calls.append(x)
+        return tiny.inference(x)
+
+    second = Kept({name: first.done[name] for name in ("img0", "img2")})
+    metrics = evaluate(tiny, images, predict, second)
+    assert len(calls) == 2  # of img1, with its warm-up
+    assert list(second.saved) == ["img1"]
+    for key in ("psnr_y", "gmacs", "gmacs_run", "active_share"):
+        assert metrics[key] == pytest.approx(expected[key])
+    assert [row["name"] for row in metrics["images"]] == ["img0", "img1", "img2"]

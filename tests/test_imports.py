@@ -298,6 +298,12 @@ def test_light_modules_load_no_heavy_ones(tmp_path, statement, absent):
     assert not absent & set(done.stdout.split())
 
 
+def test_main_needs_neither_pyav_nor_every_function_of_opencv(tmp_path):
+    program = f"import sys, cv2; sys.path.insert(0, {str(ROOT)!r}); vars(cv2).pop('setLogLevel', 0)"
+    done = in_a_fresh_process(tmp_path, "-c", f"{program}; sys.modules['av'] = None; import main")
+    assert done.returncode == 0, done.stderr
+
+
 def test_choices_of_the_command_line_are_those_of_the_modules():
     assert option.INFERENCE_MODES == model.sparse.INFERENCE_MODES
     assert option.ENGINES == model.engines.NAMES

@@ -28,10 +28,11 @@ from model import EDSR, SMSR, load_model
 from model.inference import self_ensemble
 from option import parse
 from picture import Picture, read_picture, to_colors
+from program import CLOSED_PIPE, InputError, run_program
 from tests import icc
 from tools import compare as compare_tool
 from tools import export_onnx
-from utility import InputError, run_program
+from trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = [sys.executable, str(ROOT / "main.py")]
@@ -99,7 +100,6 @@ def test_train_resume_and_test(folder):
         "--save run: experiment/run already contains a run; choose another --save, resume with --load run, "
         "or overwrite it with --reset"
     )
-    assert mistake("--load run") == "--load run: all 2 epochs are done; add more with --epochs"
     assert run("--load run --epochs 3") == 0
     assert len(read_history("run")) == 3
 
@@ -109,7 +109,8 @@ def test_train_resume_and_test(folder):
         assert read_metrics("run")["psnr_y"] == read_metrics("check")["psnr_y"]
     path = Path("experiment/run/model/model_7.pt")
     assert mistake("--load run --test_only --resume 7") == (
-        f"--resume 7: {path} does not exist; --save_models keeps the weights of all epochs"
+        f"--resume 7: {path} does not exist; use 0 for the best weights or -1 for the latest "
+        "(a training with --save_models keeps those of every epoch)"
     )
 
 
@@ -121,17 +122,101 @@ def test_the_weights_of_every_epoch_can_be_kept_and_tested(folder):
 
 def test_a_command_that_fails_leaves_the_run_unchanged(folder):
     run(f"{TRAIN} --epochs 1")
-    before = {path: path.read_bytes() for path in Path("experiment/run").rglob("*") if path.is_file()}
+    before = content(Path("experiment/run"))
     for line, message in (
         ("--load run --epochs 2 --optimizer SGD", "--optimizer: the run uses Adam"),
         ("--load run --epochs 2 --loss L1+GAN", "--loss: GAN needs HR patches of at least 32 pixels"),
         ("--load run --epochs 2 --loss L1+GAN --patch_size 16", "--loss: the run has no discriminator for 'GAN'"),
         ("--load run --epochs 2 --scale 3", "--scale 3: the run has 2"),
         ("--load run --epochs 2 --rgb_range 1", "--rgb_range 1.0: the run has its network's own value"),
-        ("--load run", "--load run: all 1 epochs are done"),
     ):
         assert mistake(line).startswith(message)
-    assert before == {path: path.read_bytes() for path in Path("experiment/run").rglob("*") if path.is_file()}
+    assert before == content(Path("experiment/run"))
+
+
+def test_resuming_a_finished_run_changes_nothing_and_succeeds(folder, capsys):
+    run(f"{TRAIN} --epochs 1")
+    before = content(folder / "experiment/run")
+    assert run("--load run") == 0
+    assert capsys.readouterr().out.endswith("--load run: all 1 epochs are done; add more with --epochs\n")
+    assert content(folder / "experiment/run") == before
+
+
+@pytest.mark.parametrize("left", [["options.json"], ["options.json", "log.txt"], [".0123.tmp", "tensorboard/events"]])
+def test_a_run_that_died_before_its_first_checkpoint_is_started_again_by_the_same_command(folder, left):
+    for name in left:
+        path = Path("experiment/run", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("cut off")
+    message = "--load run: experiment/run holds no checkpoint yet; start the run with --save run and its options"
+    assert mistake("--load run") == message
+    assert run(f"{TRAIN} --epochs 1") == 0
+    assert run("--load run --epochs 2") == 0
+
+
+@pytest.mark.parametrize("kept", ["model/model_latest.pt", "checkpoint.pt", "log.csv", "notes.md"])
+def test_a_folder_that_holds_anything_else_is_not_written_to(folder, kept):
+    path = Path("experiment/run", kept)
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    assert "experiment/run already contains a run" in mistake(f"{TRAIN} --epochs 1")
+    assert content(folder / "experiment/run") == {path.resolve(): b"mine"}
+
+
+def test_without_a_name_each_run_gets_a_folder_of_its_own(folder, capsys):
+    line = f"{TRAIN.replace('--save run', '')} --epochs 1"
+    for _ in range(3):
+        run(line)
+    assert {path.name for path in Path("experiment").iterdir()} == {"test", "test-2", "test-3"}
+    assert "writing to experiment/test-3\n" in capsys.readouterr().out
+    run(f"{line} --reset")
+    assert len(list(Path("experiment").iterdir())) == 3
+
+
+def test_options_that_are_missing_or_without_effect_are_named(folder, capsys):
+    run(f"{TRAIN} --epochs 1 --lr 1e-3")
+    stored = read_options("run")
+    del stored["options"]["lr"], stored["options"]["gclip"]
+    Path("experiment/run/options.json").write_text(json.dumps(stored))
+    run("--load run --epochs 2 --gclip 5")
+    line = "experiment/run/options.json: lacks options of this version, or was edited; using gclip 5.0, lr 0.0002\n"
+    assert line in capsys.readouterr().out
+    run("--load run --test_only --data_test Tiny2 --lr 1 --batch_size 3")
+    assert "--batch_size, --lr: without effect in a test\n" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_built(folder, monkeypatch):
+    monkeypatch.setattr("main.free_memory", lambda device: 1000)
+    message = "--batch_size 2: a step needs more than 0 GiB of memory, more than is free; use a smaller --batch_size"
+    assert mistake(f"{TRAIN} --epochs 1").startswith(message)
+    assert mistake(f"{TRAIN} --n_feats 4096 --n_layers 100 --epochs 1").startswith("--n_feats: the weights of this")
+    assert not Path("experiment").exists()
+
+
+def test_the_engine_of_a_test_is_logged(folder, capsys):
+    run(f"{TEST} --engine plain")
+    assert "engine: plain\n" in capsys.readouterr().out
+    assert mistake(f"{TEST} --engine fused").startswith("--engine: fused cannot run here (")
+
+
+def test_help_is_printed_without_importing_what_takes_seconds():
+    done = subprocess.run([sys.executable, "-X", "importtime", MAIN[1], "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--batch_size" in done.stdout
+    assert not re.search(r"\| +(torch|numpy|matplotlib|cv2)\b", done.stderr)
+
+
+def test_log_lines_fit_80_columns(folder):
+    run(f"{TRAIN} --epochs 2")
+    lines = Path("experiment/run/log.txt").read_text().splitlines()
+    printed = [line.partition(" ")[2].partition(" ")[2] for line in lines]  # without the time
+    assert sum(line.startswith("epoch ") for line in printed) == 2
+    assert all(len(line) <= 80 for line in printed if line.startswith(("epoch ", "  ")))
+
+
+def content(folder):
+    """{path: bytes} of all files below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_resumed_run_keeps_the_origin_of_its_weights(folder):
@@ -155,7 +240,7 @@ def test_a_test_writes_images_metrics_and_a_table(folder, capsys):
     results = folder / "experiment/check/results-Tiny2-x2"
     assert {path.name for path in results.iterdir()} == {
         *("img0_x2_SR.png", "img1_x2_SR.png"),
-        *("metrics.json", "options.json"),
+        *("metrics.json", "options.json", ".finished"),
     }
     metrics = read_metrics("check")
     assert metrics["n_images"] == 2
@@ -183,7 +268,7 @@ def test_an_image_too_large_for_memory_is_processed_in_tiles(folder, monkeypatch
     untiled = read_sr("check")
     assert "in tiles" not in capsys.readouterr().out
     monkeypatch.setattr("model.inference.free_memory", lambda device: 1000)
-    run(f"{TEST} --save_results")
+    run(f"{TEST} --save_results --reset")
     message = "20x24 pixels need about 0.0 GiB, more than is free: processing the image in tiles"
     assert capsys.readouterr().out.count(message) == 1
     assert np.array_equal(read_sr("check"), untiled)
@@ -351,7 +436,7 @@ MISTAKES = [
     (f"{TEST} --rgb_range 1", r"--rgb_range: weights\.pt holds SMSR weights for rgb_range 255, not 1"),
     (f"{TEST} --n_resblocks 3", "--n_resblocks: SMSR has no parameter 'n_resblocks'"),
     ("--test_only", "--test_only: needs weights"),
-    (f"{TEST} --data_test demo --dir_demo absent", "absent: no such folder"),
+    (f"{TEST} --data_test demo --dir_demo absent", "--dir_demo: no such file or folder 'absent'; check the path"),
     (f"{TEST} --data_test demo", "--dir_demo: missing"),
     (f"{TEST} --save ../up", "--save: '../up' is not a valid run name"),
     ("--load ../up", "--load: '../up' is not a valid run name"),
@@ -366,10 +451,222 @@ def test_mistakes_are_named_and_leave_nothing_behind(folder, line, message):
     assert not (folder / "experiment").exists()
 
 
-def test_a_broken_image_is_named(folder):
+def test_a_broken_image_is_named_and_the_others_are_measured(folder, capsys):
     path = Path("data/benchmark/Tiny2/HR/img1.png")
-    path.write_bytes(path.read_bytes()[:-100])
-    assert mistake(TEST).startswith(f"{path}: not an image, or broken")
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    assert run(f"{TEST} --save_results") == 1
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-2] == "error: 1 of 2 images failed, the others are done"
+    assert re.match(f"error: {path}: not an image, or broken", printed.err.splitlines()[-1])
+    assert "mean" in printed.out
+    metrics = read_metrics("check")
+    assert [row["name"] for row in metrics["images"]] == ["img0"]
+    assert list(metrics["failed"]) == ["img1"]
+    path.write_bytes(content)
+    assert run(f"{TEST} --save_results") == 0
+    assert "1 of 2 images were done already" in capsys.readouterr().out
+    repaired = read_metrics("check")
+    assert repaired["images"][0] == metrics["images"][0]
+    assert "failed" not in repaired
+    run(f"{TEST} --save new")
+    assert read_metrics("new")["psnr_y"] == repaired["psnr_y"]
+
+
+def test_a_training_does_not_start_with_a_broken_validation_image(folder):
+    path = Path("data/benchmark/Tiny2/HR/img1.png")
+    path.write_bytes(b"broken")
+    assert mistake(f"{TRAIN} --epochs 1").startswith(f"{path}: not an image, or broken")
+    assert not Path("experiment").exists()
+
+
+# ---- nothing is lost, nothing is done twice --------------------------------------------------------------------------
+
+DEMO = "--data_test demo --dir_demo photos --pre_train weights.pt --test_only --save demo"
+RESULTS = Path("experiment/demo/results-demo-x2")
+
+
+def write_photo(path, seed):
+    write_png(Path(path), np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def photos(folder):
+    """The folder photos: a.png, b.png (broken) and c.png."""
+    for seed, name in enumerate("abc"):
+        write_photo(f"photos/{name}.png", seed)
+    Path("photos/b.png").write_bytes(b"broken")
+    return Path("photos")
+
+
+def snapshot(folder):
+    """{path: (content, when it was written)} of all files."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def pictures():
+    return snapshot(RESULTS) and {
+        path.name: found for path, found in snapshot(RESULTS).items() if path.suffix == ".png"
+    }
+
+
+def test_a_broken_photo_does_not_end_a_demo_and_nothing_is_done_twice(photos, capsys):
+    assert run(DEMO) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: photos/b.png: not an image, or broken")
+    before = pictures()
+    assert set(before) == {"a_x2_SR.png", "c_x2_SR.png"}
+    write_photo("photos/b.png", 5)
+    assert run(f"{DEMO} --chop --cpu") == 0  # the result is the same
+    after = pictures()
+    assert set(after) == {"a_x2_SR.png", "b_x2_SR.png", "c_x2_SR.png"}
+    assert after.items() > before.items()
+    (RESULTS / "a_x2_SR.png").unlink()
+    assert run(DEMO) == 0
+    assert {name: content for name, (content, _) in pictures().items()} == {
+        name: content for name, (content, _) in after.items()
+    }
+    assert pictures()["c_x2_SR.png"] == after["c_x2_SR.png"]
+
+
+def test_without_any_readable_photo_a_demo_fails(photos, capsys):
+    for name in "ac":
+        (photos / f"{name}.png").write_bytes(b"")
+    assert mistake(DEMO).startswith("photos/c.png: not an image, or broken")
+    assert [line.split(":")[1] for line in capsys.readouterr().err.splitlines() if "error" in line] == [
+        " photos/a.png",
+        " photos/b.png",
+    ]
+
+
+def test_an_interrupted_demo_goes_on_where_it_stopped(photos, monkeypatch):
+    write_photo("photos/b.png", 5)
+    written = []
+
+    def killed(path, picture):
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_png(path, picture)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("results.write_png", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(DEMO)
+    before = pictures()
+    assert set(before) == {"a_x2_SR.png"}
+    assert run(DEMO) == 0
+    assert pictures()["a_x2_SR.png"] == before["a_x2_SR.png"]
+    assert len(pictures()) == 3
+
+
+@pytest.mark.parametrize("what", ["photo", "weights", "options", "unknown"])
+def test_results_of_something_else_are_only_replaced_on_request(folder, what):
+    write_photo("photos/a.png", 1)
+    write_photo("others/b.png", 2)
+    if what == "unknown":
+        write_photo(RESULTS / "a_x2_SR.png", 9)
+    else:
+        run(DEMO)
+    assert run(DEMO.replace("photos", "others")) == 0
+    line = DEMO
+    if what == "photo":
+        write_photo("photos/a.png", 3)
+    elif what == "weights":
+        torch.save(SMSR(scale=2, n_feats=8, n_blocks=1, n_layers=2).state_dict(), "weights.pt")
+    elif what == "options":
+        line += " --self_ensemble"
+    (RESULTS / "notes.txt").write_text("mine")
+    before = snapshot("experiment")
+    assert mistake(line) == (
+        f"{RESULTS / 'a_x2_SR.png'}: already exists, made from another input, or with other weights or options; "
+        "pass --reset to overwrite it or choose another --save"
+    )
+    assert snapshot("experiment") == before
+    assert run(f"{line} --reset") == 0
+    after = snapshot("experiment")
+    assert after[RESULTS / "a_x2_SR.png"] != before[RESULTS / "a_x2_SR.png"]
+    for kept in ("b_x2_SR.png", "notes.txt"):
+        assert after[RESULTS / kept] == before[RESULTS / kept]
+
+
+def test_images_whose_names_differ_in_the_extension_have_two_results(folder):
+    write_photo("photos/a.png", 1)
+    iio.imwrite("photos/a.bmp", iio.imread("photos/a.png")[:5])
+    write_photo("photos/c.png", 2)
+    assert run(DEMO) == 0
+    assert set(pictures()) == {"a.bmp_x2_SR.png", "a.png_x2_SR.png", "c_x2_SR.png"}
+    assert iio.imread(RESULTS / "a.bmp_x2_SR.png").shape == (10, 24, 3)
+
+
+def test_a_name_that_is_too_long_for_its_result_is_that_image_s_failure(folder, capsys):
+    write_photo(f"photos/{'n' * 250}.png", 1)
+    write_photo("photos/a.png", 2)
+    assert run(DEMO) == 1
+    assert "the name of its result would be too long; rename it" in capsys.readouterr().err
+    assert set(pictures()) == {"a_x2_SR.png"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs symbolic links")
+def test_inputs_are_never_deleted_or_overwritten(folder):
+    write_photo("photos/a.png", 1)
+    run(DEMO)
+    Path("both").mkdir()
+    shutil.copy("photos/a.png", "both/a.png")
+    Path("both/z.png").symlink_to((RESULTS / "a_x2_SR.png").resolve())
+    before = snapshot("experiment") | snapshot("both")
+    for source, message in (
+        (RESULTS, f"--dir_demo {RESULTS}: is the folder of the results; choose another --save"),
+        ("both", "--save: would overwrite both/z.png, which this call reads; choose another name"),
+    ):
+        for flags in ("", " --reset"):
+            assert mistake(DEMO.replace("photos", str(source)) + flags) == message
+    assert run(DEMO.replace("photos", f"{RESULTS}/a_x2_SR.png") + " --reset") == 0
+    after = snapshot("experiment") | snapshot("both")
+    assert all(after[path] == before[path] for path in before if path.suffix == ".png")
+
+
+def test_a_damaged_record_does_no_harm(folder):
+    write_photo("photos/a.png", 1)
+    run(DEMO)
+    (record,) = (RESULTS / ".finished").iterdir()
+    content, outside = json.loads(record.read_bytes()), Path("mine.txt")
+    outside.write_text("mine")
+    for broken in (b"", b"[]", b'{"made_from": 1}', b"\xff", b"[" * 100_000):
+        record.write_bytes(broken)
+        assert mistake(DEMO).startswith(f"{RESULTS / 'a_x2_SR.png'}: already exists")
+    record.write_text(json.dumps(content | {"files": {"../../../mine.txt": "x"}}))
+    assert run(f"{DEMO} --reset") == 0
+    assert outside.exists()
+    for facts in (None, {}, content["facts"] | {"row": {"name": "a"}}, content["facts"] | {"cost": {"pixels": "x"}}):
+        record.write_text(json.dumps(content | {"facts": facts}))
+        assert run(DEMO) == 0
+
+
+@pytest.mark.parametrize("option", ["pre_train", "vgg_weights"])
+def test_a_reset_keeps_what_the_training_reads(folder, option):
+    run(f"{TRAIN} --epochs 1")
+    Path("link.pt").symlink_to(Path("experiment/run/model/model_best.pt").resolve())
+    message = f"--reset: would delete --{option} link.pt; choose another --save"
+    assert mistake(f"{TRAIN} --epochs 1 --reset --{option} link.pt") == message
+    shutil.copytree("data", "experiment/run/data")
+    before = list(Path("experiment/run/data").rglob("*.png"))
+    assert run(f"{TRAIN} --epochs 1 --reset".replace("--dir_data data", "--dir_data experiment/run/data")) == 0
+    assert all(path.is_file() for path in before)
+
+
+def test_a_reset_removes_all_that_a_training_writes(folder):
+    run(f"{TRAIN} --epochs 1 --ema 0.5 --save_models")
+    experiment = Experiment("run")
+    experiment.create(reset=True)
+    assert not [path for path in Path("experiment/run").rglob("*") if path.is_file()]
+
+
+def test_a_set_is_measured_again_with_other_options_and_says_so(folder, capsys):
+    run(TEST)
+    run(f"{TEST} --inference dense")
+    assert "metrics.json: replacing the numbers of an earlier test" in capsys.readouterr().out
+    run(f"{TEST} --inference dense --save dense")
+    assert read_metrics("check")["gmacs_run"] == read_metrics("dense")["gmacs_run"]
 
 
 @pytest.mark.parametrize("n_threads", [0, 1])
@@ -534,6 +831,77 @@ def test_a_full_disk_is_reported_and_nothing_is_lost(folder):
     assert error == f"error: {problem}; fix it, then resume with: python main.py --load run"
     assert "Traceback" not in done.stderr
     assert Path("experiment/run/checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_folder_is_deleted_ends_with_an_error_and_writes_nothing(folder, monkeypatch, replaced):
+    evaluate = Trainer._evaluate
+
+    def evaluate_and_delete(trainer):
+        shutil.rmtree("experiment/run")
+        if replaced:
+            Path("experiment/run").mkdir()
+        return evaluate(trainer)
+
+    monkeypatch.setattr(Trainer, "_evaluate", evaluate_and_delete)
+    message = "experiment/run: was deleted or moved while the run was writing to it; start it again"
+    assert mistake(f"{TRAIN} --epochs 1") == message
+    assert content(folder / "experiment") == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="writes to /dev/full")
+def test_a_log_that_cannot_be_written_ends_a_run_in_one_line(folder):
+    run(f"{TRAIN} --epochs 1")
+    Path("experiment/run/log.txt").unlink()
+    Path("experiment/run/log.txt").symlink_to("/dev/full")
+    problem = "No space left on device; fix it, then resume with: python main.py --load run"
+    assert mistake("--load run --epochs 2") == f"experiment/run/log.txt: {problem}"
+    Path("experiment/run/log.txt").unlink()
+    assert run("--load run --epochs 2") == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="writes to /dev/full")
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_console_that_cannot_be_written_ends_a_run_in_one_line(folder, is_closed):
+    run(f"{TRAIN} --epochs 1")
+    reader, writer = os.pipe() if is_closed else (None, os.open("/dev/full", os.O_WRONLY))
+    if is_closed:
+        os.close(reader)
+    line = [*MAIN, "--load", "run", "--epochs", "2"]
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == (CLOSED_PIPE if is_closed else 2)
+    assert done.stderr == ("" if is_closed else "error: standard output: No space left on device\n")
+    assert run("--load run --epochs 2") == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sends POSIX signals and reads /proc")
+def test_a_killed_worker_is_reported(folder):
+    process = start(f"{TRAIN.replace('--n_threads 0', '--n_threads 1')} --epochs 100000")
+    wait_for(Path("experiment/run/log.csv").exists)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for worker in workers:
+        os.kill(int(worker), signal.SIGKILL)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    advice = "if memory is short, use fewer, or 0; resume with: python main.py --load run"
+    assert f"error: --n_threads: a worker process was killed (Killed); {advice}\n" in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("n_threads", [0, 1])
+@pytest.mark.parametrize("set_name", ["Tiny", "benchmark/Tiny2"])
+def test_a_set_that_vanishes_during_a_run_is_named_with_what_to_do(folder, monkeypatch, n_threads, set_name):
+    run(f"{TRAIN} --epochs 1 --ext img")
+    load_state = Trainer.load_state
+
+    def load_and_delete(trainer, state):
+        load_state(trainer, state)
+        shutil.rmtree(folder / "data" / set_name)
+
+    monkeypatch.setattr(Trainer, "load_state", load_and_delete)
+    message = mistake(f"--load run --epochs 5 --n_threads {n_threads}")
+    assert re.fullmatch(r".*img\d\.png: no such file; check the path; then resume with: .* --load run", message)
 
 
 def test_tensorboard_is_optional(folder):
@@ -763,7 +1131,8 @@ def test_an_old_run_can_be_finished(old_run):
     assert (state["epoch"], state["step"], len(state["history"])) == (4, 0, 3)
     assert state["history"][0] == load(OLD_RUN / "checkpoint.pt")["history"][0]
     assert state["model"]["rgb_range"] == state["ema"]["module.rgb_range"] == 1
-    assert mistake(f"--load {OLD_NAME}").endswith("all 3 epochs are done; add more with --epochs")
+    assert run(f"--load {OLD_NAME}") == 0
+    assert load(old_run / "checkpoint.pt")["epoch"] == 4
 
 
 def test_an_old_run_logs_no_changed_options_when_it_is_resumed(old_run, capsys):

@@ -1,10 +1,24 @@
 import json
+import os
 from dataclasses import dataclass
 
 import pytest
 
-from option import NOT_RESUMED, TEMPLATES, changes, check_stored, defaults, parse, settings
-from utility import InputError
+from option import (
+    MODEL_FLAGS,
+    NOT_RESUMED,
+    TEMPLATES,
+    TRAINING_FLAGS,
+    build_parser,
+    changes,
+    check_stored,
+    defaults,
+    ignored_in_tests,
+    missing,
+    parse,
+    settings,
+)
+from program import InputError
 
 
 def test_all_flags_of_edsr_exist():
@@ -129,6 +143,20 @@ def test_settings_are_filled_with_options_of_the_same_names():
         ("--test_every 0", "--test_every: '0' is not"),
         ("--split_batch 0", "--split_batch: '0' is not"),
         ("--n_threads -1", "--n_threads: '-1' is not an integer of 0 or more"),
+        ("--scale 65", "--scale: 65 is too large; use at most 64"),
+        ("--n_feats 1000000", "--n_feats: 1000000 is too large; use at most 4096"),
+        ("--n_blocks 1000000", "--n_blocks: 1000000 is too large"),
+        ("--n_layers 1000000", "--n_layers: 1000000 is too large"),
+        ("--n_resblocks 1000000", "--n_resblocks: 1000000 is too large"),
+        ("--batch_size 1000000000", "--batch_size: 1000000000 is too large"),
+        ("--n_threads 1000000", "--n_threads: 1000000 is too large; use at most 256"),
+        ("--gan_k 1000000", "--gan_k: 1000000 is too large"),
+        ("--gamma 1.5", "--gamma: 1.5 is too large; use at most 1"),
+        ("--epochs 1000000000000", "--epochs: 1000000000000 is too large; use at most 1000000000"),
+        (f"--test_every {'9' * 4000}", "--test_every: 9{40} … 9{20} is too large"),
+        (f"--test_every {'9' * 5000}", "--test_every: .* is not a positive integer"),
+        ("--lr 1e300", "--lr: 1e300 is too large"),
+        ("--gclip 1e300", "--gclip: 1e300 is too large"),
         ("--lr 0", "--lr: '0' is not a number above 0"),
         ("--lr nan", "--lr: 'nan' is not"),
         ("--lr inf", "--lr: 'inf' is not"),
@@ -204,7 +232,8 @@ def test_schedules_that_are_not_given_are_proportional_to_the_epochs():
 def test_several_gpus_need_torchrun(monkeypatch):
     with pytest.raises(InputError, match=r"torchrun --nproc_per_node=2 main\.py"):
         parse(["--n_GPUs", "2"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for setting in ["WORLD_SIZE=2", "RANK=0", "LOCAL_RANK=0", "MASTER_ADDR=localhost", "MASTER_PORT=29500"]:
+        monkeypatch.setenv(*setting.split("="))
     assert parse(["--n_GPUs", "2"]).n_GPUs == 2
     with pytest.raises(
         InputError, match=r"--n_GPUs 1: 2 processes are running; start it with: torchrun --nproc_per_node=1"
@@ -215,7 +244,8 @@ def test_several_gpus_need_torchrun(monkeypatch):
 
 
 def test_the_name_of_a_run():
-    assert parse([]).save == "test"
+    assert parse(["--test_only"]).save == "test"
+    assert parse([]).save is None  # main.py chooses one that is not taken
     assert parse(["--load", "a"]).save == "a"
     assert parse(["--load", "a", "--save", "a", "--resume", "-1"], {"save": "b", "n_threads": 0}).save == "a"
 
@@ -223,3 +253,35 @@ def test_the_name_of_a_run():
 def test_one_gpu_means_cuda():
     assert parse(["--n_GPUs", "1"]).device == "cuda"
     assert parse(["--cpu"]).device == "cpu"
+
+
+def test_options_that_a_resumed_run_lacks_are_listed():
+    stored = vars(parse([]))
+    assert missing(stored) == []
+    del stored["lr"], stored["seed"], stored["scale"], stored["chop"]
+    assert sorted(missing(stored)) == ["lr", "scale", "seed"]
+
+
+def test_options_of_a_training_are_listed_in_a_test():
+    assert set(TRAINING_FLAGS) | set(MODEL_FLAGS) <= defaults().keys()
+    line = "--test_only --lr 1e-4 --patch_size 96 --scale 2 --save_results --no-compile"
+    assert ignored_in_tests(line.split()) == ["--patch_size", "--compile", "--lr"]
+    assert ignored_in_tests(["--test_only", "--seed", "1"]) == []
+
+
+def test_help_shows_defaults_only_where_there_are_some():
+    text = build_parser().format_help()
+    assert "(default: 0.0002)" in text
+    assert "(default: None)" not in text
+    assert "(default: False)" not in text
+    assert "(default: )" not in text
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="selects processors as Linux does")
+def test_workers_are_as_many_as_processors_may_be_used():
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert parse([]).n_threads == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -10,7 +10,7 @@ import pytest
 from data.image import write_png
 from data.resize import downscale
 from main import main
-from utility import InputError
+from program import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = "python main.py --model SMSR --save SMSR_X2 --scale 2 --patch_size 96 --batch_size 16"

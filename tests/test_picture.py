@@ -1,6 +1,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,7 +14,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
-from files import InputError
 from picture import (
     Picture,
     decode,
@@ -21,11 +21,13 @@ from picture import (
     image_kind,
     image_size,
     list_images,
+    name_images,
     read_picture,
     skipped_files,
     to_8_bits,
     to_colors,
 )
+from program import InputError
 from tests import icc
 
 RNG = np.random.default_rng(0)
@@ -511,3 +513,16 @@ def test_altered_files_are_read_or_refused_and_size_and_pixels_agree(tmp_path, c
         assert "\n" not in message
     else:
         assert image_size(path) == size
+
+
+NAMES = ["a.png", "A.png", "a.jpg", "a.png.jpg", "a.png.png", "A.PNG.bmp", "b.png", "b.png.png", "c.jpg"]
+
+
+@given(st.lists(st.sampled_from(NAMES), unique=True))
+def test_files_of_a_folder_have_different_names_also_where_case_does_not_matter(files):
+    files = list({name.casefold(): name for name in files}.values())
+    named = name_images([Path(name) for name in files])
+    assert [path.name for path in named.values()] == files
+    assert len({name.casefold() for name in named}) == len(files)
+    for name, path in named.items():
+        assert name in (path.stem, path.name)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from checkpoint import Experiment
+from program import InputError
 from recovery import report_failures, resume_hint, stop_on_interrupt
-from utility import InputError
 
 # ---- interruptions ---------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import summary
 from data import DataSettings, build_test_sets
+from program import InputError
 from summary import MaskMonitor, RunningMeans, TensorBoard, check_tensorboard, mask_histogram, write_history
-from utility import InputError
 
 # ---- running means ---------------------------------------------------------------------------------------------------
 

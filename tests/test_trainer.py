@@ -17,9 +17,10 @@ from checkpoint import Experiment
 from data import DataSettings, PatchSettings, build_test_sets, build_train_loader
 from loss import build_loss
 from model.smsr import SMSR
-from trainer import Schedules, Trainer, TrainSettings, dry_run, learning_rate, sparsity_weight, temperature
+from program import InputError
+from trainer import Forecast, Schedules, Trainer, TrainSettings, dry_run, learning_rate, sparsity_weight, temperature
 from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
-from utility import InputError, be_deterministic
+from utility import be_deterministic
 
 # ---- schedules -------------------------------------------------------------------------------------------------------
 
@@ -785,3 +786,22 @@ def test_a_deterministic_training_needs_no_other_operators(build):
         assert build().fit(1)
     finally:
         be_deterministic(False)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "line"),
+    [
+        (0.5, None),
+        (0.6, "an epoch takes about 10 minutes: 1000 steps of 0.6 s"),
+        (40, "an epoch takes about 11.1 hours: 1000 steps of 40 s"),
+        (400, "an epoch takes about 5 days: 1000 steps of 400 s"),
+    ],
+)
+def test_long_epochs_are_announced_once_after_a_few_steps(monkeypatch, caplog, seconds, line):
+    now = itertools.count(0, 2 * seconds)  # it is read after the first and after the third step
+    monkeypatch.setattr("trainer.time.perf_counter", lambda: next(now))
+    forecast = Forecast(torch.device("cpu"), steps=1000)
+    with caplog.at_level("INFO", "smsr"):
+        for _ in range(10):
+            forecast.add_step()
+    assert [message.partition(";")[0] for message in caplog.messages] == ([line] if line else [])

@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loss import build_loss
 from model.edsr import EDSR
 from model.smsr import SMSR
+from program import InputError
 from schema import OPTIMIZER_STATE
 from training_step import OptimizerSettings, StepResult, StepSettings, TrainingStep, build_optimizer
-from utility import InputError, logger
+from utility import logger
 
 N_MODULES = 2  # of the network of `build_step`
 

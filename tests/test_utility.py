@@ -2,6 +2,8 @@ import errno
 import json
 import math
 import os
+import re
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,22 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
+import files
+from files import write_whole
+from program import INTERRUPTED, InputError, is_out_of_memory, run_program
 from utility import (
-    INTERRUPTED,
-    InputError,
     free_memory,
     free_memory_in_cgroup,
     in_parallel,
-    is_out_of_memory,
     measure_once,
     peak_memory,
     pick_device,
+    progress_bar,
     remove_unfinished,
-    run_program,
     save_torch,
     seconds_of,
     write_json,
-    write_whole,
 )
 
 CPU = torch.device("cpu")
@@ -40,11 +41,6 @@ def test_an_error_with_an_argument_names_its_flag_on_the_command_line_only():
     assert error.for_command_line() == str(error) == "a.png: no such file; check the path"
 
 
-def test_an_error_of_a_worker_process_is_reduced_to_its_message():
-    text = "Caught InputError in DataLoader worker process 0.\nTraceback ...\nutility.InputError: a.png: broken\n"
-    assert str(InputError(text)) == "a.png: broken"
-
-
 def test_a_long_error_is_cut_in_the_middle_and_fits_one_line():
     text = str(InputError("x" * 10**5 + "\n" + "y " * 10**5 + "; remove it"))
     assert text.startswith("xxx")
@@ -52,22 +48,6 @@ def test_a_long_error_is_cut_in_the_middle_and_fits_one_line():
     assert " … " in text
     assert "\n" not in text
     assert 500 < len(text) < 700
-
-
-class Data(torch.utils.data.Dataset):
-    """A data set in which every image is broken."""
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        raise InputError("a.png: broken; remove it", argument="dir_data")
-
-
-def test_an_error_survives_the_way_from_a_real_worker_process():
-    with pytest.raises(InputError) as error:
-        next(iter(torch.utils.data.DataLoader(Data(), num_workers=1)))
-    assert str(error.value) == "a.png: broken; remove it"
 
 
 @pytest.mark.parametrize(
@@ -252,3 +232,61 @@ def test_young_unfinished_files_can_be_kept(tmp_path):
     os.utime(tmp_path / ".old.tmp", (0, 0))
     remove_unfinished(tmp_path, seconds=3600)
     assert {path.name for path in tmp_path.iterdir()} == {".young.tmp", "file.tmp"}
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {root!r})
+from program import run_program
+def main():
+    print("a line" * {count})
+run_program(main)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="writes to /dev/full")
+@pytest.mark.parametrize("count", [1, 10**6])  # with and without room in the buffer of the stream
+@pytest.mark.parametrize(
+    ("redirection", "code", "error"),
+    [
+        (">/dev/full", 2, "error: standard output.*: No space left on device\n"),
+        (">/dev/full 2>/dev/full", 2, ""),
+        (">&-", 0, ""),
+        ("| true", 141, ""),
+    ],
+)
+def test_output_that_cannot_be_written_ends_a_program_in_one_line_at_most(tmp_path, count, redirection, code, error):
+    (tmp_path / "program.py").write_text(PROGRAM.format(root=str(Path(files.__file__).parent), count=count))
+    wait = "sleep 0.2; " if "|" in redirection else ""  # until nobody reads any more
+    command = f"( {wait}{sys.executable} {tmp_path}/program.py; echo $? >{tmp_path}/code ) {redirection}"
+    if "|" not in redirection:
+        command = f"{sys.executable} {tmp_path}/program.py {redirection}; echo $? >{tmp_path}/code"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert int((tmp_path / "code").read_text()) == code
+    assert re.fullmatch(error, done.stderr)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_every_name_can_be_printed_in_every_encoding(tmp_path, encoding):
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(files.__file__).parent)!r})\n"
+        "from utility import log_to_console, logger, run_program, InputError\n"
+        "def main():\n"
+        "    log_to_console()\n"
+        "    logger.info('写真 \\udcff →')\n"
+        "    raise InputError('写真 \\udcff: broken; remove it')\n"
+        "run_program(main)\n"
+    )
+    (tmp_path / "program.py").write_text(script, encoding="utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, str(tmp_path / "program.py")], capture_output=True, env=environment)
+    assert done.returncode == 2
+    for stream in (done.stdout, done.stderr):
+        assert stream.count(b"\n") == 1
+        assert b"\\udcff" in stream
+        assert b"Traceback" not in stream
+
+
+def test_progress_bars_are_for_terminals_only(capfd):
+    assert list(progress_bar(range(3), desc="never shown")) == [0, 1, 2]
+    assert capfd.readouterr().err == ""

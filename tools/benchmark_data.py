@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from data import PatchSettings, find_set
 from data.device import DeviceLoader
@@ -32,9 +31,11 @@ from data.imageset import ImageSet
 from data.resize import crop_to_multiple, downscale
 from data.srdata import EpochSampler, Patches, PatchLoader
 from option import count, positive_float, positive_int
+from program import InputError
 from tools.baselines import PickledPatches
 from tools.benchmark_inference import mirrored_photograph, parse_size
-from utility import InputError, pick_device, synchronize, write_json
+from tools.timing import say
+from utility import pick_device, synchronize, write_json
 
 KINDS = ("pickle", "img", "sep", "bin", "device")
 SCALE, N_COLORS = 2, 3
@@ -79,7 +80,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         device = pick_device(args.device)
         loaders = {kind: build_loader(kind, images, args, device) for kind in KINDS}
         speeds = {kind: [] for kind in KINDS}
-        for _ in tqdm(range(args.rounds + 1), desc="rounds", leave=False):
+        for index in range(args.rounds + 1):
+            say(f"reading patches, round {index} of {args.rounds}")
             for kind, loader in loaders.items():
                 speed = _patches_per_second(loader, device)
                 speeds[kind].append(speed)
@@ -90,7 +92,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 def write_pairs(root: Path, n_images: int, size: tuple[int, int], scale: int = SCALE) -> None:
     """Write a paired set of n_images different images below `root`; size: (height, width) of the HR images."""
     photograph = crop_to_multiple(mirrored_photograph(*size, N_COLORS), scale)
-    for index in tqdm(range(n_images), desc="images", leave=False):
+    say(f"writing {n_images} pairs of images")
+    for index in range(n_images):
         hr = np.roll(photograph, 100 * index, axis=1)
         write_png(root / f"HR/{index}.png", hr)
         write_png(root / f"LR_bicubic/X{scale}/{index}.png", downscale(hr, scale))

@@ -26,19 +26,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from model import load_model
 from model.engines.graphs import CudaGraph
 from model.smsr import SMSR
 from option import positive_int
+from program import InputError
 from tools import benchmark_train
 from tools.baselines import Unmasked, with_density
 from tools.benchmark_inference import mirrored_photograph
 from tools.benchmark_train import build_step, fixed_schedule
-from tools.timing import peak_mib, timed
+from tools.timing import peak_mib, say, timed
 from training_step import StepSettings, TrainingStep
-from utility import InputError, be_deterministic, write_json
+from utility import be_deterministic, write_json
 
 DEFAULT_WEIGHTS = Path(__file__).resolve().parent.parent / "experiment/released/SMSR_X2/model/model_best.pt"
 SIZES = ((1, 128, 128), (1, 256, 256), (1, 360, 640), (8, 360, 640), (1, 720, 1280))  # N, H, W
@@ -61,23 +61,29 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("gpu: no CUDA device is available; run it on a machine with an NVIDIA GPU")
     device = torch.device("cuda")
     be_deterministic()
+    say("checking training steps")
     checks = check_training(device)
     be_deterministic(False)
     torch.backends.cudnn.benchmark = True
     model = load_model(args.pre_train, "SMSR").to(device)
+    say("checking inference")
     checks += check_results(model, device)
     wrong = [check for check in checks if not check["right"]]
     for check in wrong:
         print(f"wrong: {check}")
     print(f"{len(checks) - len(wrong)} of {len(checks)} results are right")
     half = model.half().to(memory_format=torch.channels_last)
-    rows = [measure(half, size, args.repeats) for size in tqdm(SIZES, desc="sizes", leave=False)]
+    rows = []
+    for size in SIZES:
+        say(f"timing images {size}")
+        rows.append(measure(half, size, args.repeats))
     rows.append(measure(half, SIZES[2], args.repeats, density=1.0))
     print(f"{'LR images':>14} {'density':>8}" + "".join(f" {name:>15}" for name in (*COLUMNS, "speedup", "MiB")))
     for row in rows:
         times = "".join(f" {row[name]:15.3f}" for name in (*COLUMNS, "speedup"))
         print(f"{row['size']:>14} {row['density']:8.2f}{times} {row['peak_mib']:15.0f}")
     print(f"launches {rows[0]['launches']}, waits: {any(row['waits'] for row in rows)}")
+    say("timing training")
     training = measure_training(device)
     if args.json:
         versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}

@@ -39,9 +39,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure  # no pyplot: it may open a window system
-from tqdm import tqdm
 
-from data.image import list_images, read_image
+from data.image import read_image
 from model import build_model, load_model
 from model.engines import pick_engine
 from model.engines.native import NativeEngine, NativePlan
@@ -49,9 +48,11 @@ from model.network import Network
 from model.smsr import SMSR
 from model.sparse import Plan
 from option import positive_int
+from picture import image_files, name_images
+from program import InputError, report_batch
 from tools.baselines import Unmasked, UnmaskedAsWritten, with_density
-from tools.timing import peak_mib, timed
-from utility import PRECISIONS, InputError, pick_device, write_json
+from tools.timing import peak_mib, say, timed
+from utility import PRECISIONS, pick_device, write_json
 
 SAMPLE = Path(__file__).resolve().parent.parent / "testsets/benchmark/Sample"
 PLOT_FORMATS = (".png", ".svg", ".pdf")
@@ -107,20 +108,28 @@ def mirrored_photograph(height: int, width: int, n_colors: int = 3) -> np.ndarra
     return np.pad(image, missing, mode="symmetric")[:height, :width]
 
 
-def read_images(args: argparse.Namespace, n_colors: int) -> dict[str, np.ndarray]:
-    """The LR images that the options ask for: {name: uint8 (H, W, n_colors)}. Raises InputError if there are none."""
+def read_images(args: argparse.Namespace, n_colors: int) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The LR images that the options ask for, {name: uint8 (H, W, n_colors)}, and why others cannot be read.
+
+    Raises InputError if there are none.
+    """
     if args.size:
         height, width = args.size
-        return {f"{height}x{width}": mirrored_photograph(height, width, n_colors)}
-    folder = args.images or SAMPLE / "LR_bicubic/X2"
-    images = {name: read_image(path, n_colors) for name, path in list_images(folder).items()}
+        return {f"{height}x{width}": mirrored_photograph(height, width, n_colors)}, []
+    folder, images, failures = args.images or SAMPLE / "LR_bicubic/X2", {}, []
+    for name, path in name_images(image_files(folder)).items():
+        try:
+            images[name] = read_image(path, n_colors)
+        except InputError as error:
+            failures.append(str(error))
     if not images:
+        report_batch(failures, len(failures))
         raise InputError(f"--images {folder}: contains no images; choose a folder of LR images")
-    return images
+    return images, failures
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure, print a table, and write the files that the options ask for."""
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, and write the files that the options ask for; returns the exit code."""
     if args.threads:
         torch.set_num_threads(args.threads)
     device, dtype = pick_device(args.device), PRECISIONS[args.precision]
@@ -130,14 +139,12 @@ def run(args: argparse.Namespace) -> None:
     except InputError as error:  # EDSR does not exist for every scale
         raise InputError(f"--pre_train {args.pre_train}: {error}") from None
     edsr = edsr.to(device, dtype, memory_format=torch.channels_last)
-    batches = {
-        name: model.to_input(np.repeat(image[None], args.batch, axis=0))
-        for name, image in read_images(args, model.n_colors).items()
-    }
-    images = [
-        {"name": name, **measure(model, edsr, x, args.repeats, args.compile)}
-        for name, x in tqdm(batches.items(), desc="images", leave=False)
-    ]
+    found, failures = read_images(args, model.n_colors)
+    batches = {name: model.to_input(np.repeat(image[None], args.batch, axis=0)) for name, image in found.items()}
+    images = []
+    for name, x in batches.items():
+        say(f"timing {name}, {len(images) + 1} of {len(batches)}")
+        images.append({"name": name, **measure(model, edsr, x, args.repeats, args.compile)})
     report = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": args.precision,
@@ -154,6 +161,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(args.plot, model, next(iter(batches.values())), args.repeats)
+    return report_batch(failures, len(found) + len(failures))
 
 
 @torch.inference_mode()
@@ -242,7 +250,8 @@ def plot(path: Path, model: SMSR, x: torch.Tensor, repeats: int) -> None:
     """Write a figure of time against mask density, for images x (N, n_colors, H, W) in 0...rgb_range."""
     densities = [step / 10 for step in range(11)]
     times = []
-    for density in tqdm(densities, desc="densities", leave=False):
+    for density in densities:
+        say(f"timing mask density {density}")
         shifted = with_density(model, x, density)
         calls = {mode: functools.partial(shifted.inference, x, mode) for mode in ("sparse", "auto")}
         times.append(timed({"unmasked": functools.partial(Unmasked(shifted), x), **calls}, x.device, repeats))

@@ -18,14 +18,14 @@ import statistics
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from model import load_model
 from model.onnx import GRAPH_MODES, export
 from model.smsr import SMSR
+from program import InputError, report_batch
 from tools.benchmark_inference import add_image_arguments, read_images
-from tools.timing import timed
-from utility import InputError, write_json
+from tools.timing import say, timed
+from utility import write_json
 
 COLUMNS = ("onnx_sparse", "onnx_dense", "native_sparse", "native_dense")
 RATIOS = ("speedup", "of_native")
@@ -35,8 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure, print a table, and write the results where --json asks for it. Raises InputError without onnxruntime."""
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, and write the results where --json asks for it; returns the exit code.
+
+    Raises InputError without onnxruntime.
+    """
     try:
         import onnxruntime  # an optional package
     except ImportError:
@@ -44,11 +47,12 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = load_model(args.pre_train, "SMSR").to(memory_format=torch.channels_last)
+    (found, failures), images = read_images(args, model.n_colors), []
+    say("exporting the network, which takes a minute")
     sessions = build_sessions(model)
-    images = [
-        {"name": name, **measure(model, sessions, image, args.repeats)}
-        for name, image in tqdm(read_images(args, model.n_colors).items(), desc="images", leave=False)
-    ]
+    for name, image in found.items():
+        say(f"timing {name}, {len(images) + 1} of {len(found)}")
+        images.append({"name": name, **measure(model, sessions, image, args.repeats)})
     report = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -60,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(table(report)))
     if args.json:
         write_json(args.json, report)
+    return report_batch(failures, len(found) + len(failures))
 
 
 def build_sessions(model: SMSR) -> dict[str, object]:

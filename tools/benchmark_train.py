@@ -33,7 +33,7 @@ from model.smsr import SMSR
 from option import count, positive_int
 from tools.baselines import PlainTraining
 from tools.benchmark_epochs import measure_epochs
-from tools.timing import timed
+from tools.timing import say, timed
 from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
 from utility import PRECISIONS, pick_device, write_json
 
@@ -76,6 +76,7 @@ def time_steps(args: argparse.Namespace, device: torch.device) -> dict[str, dict
     for step in steps.values() if device.type == "cuda" else ():
         for _ in range(WARM_UP):  # then it becomes a CUDA graph
             step()
+    say(f"timing {args.repeats + 2} steps each of: {', '.join(steps)}")
     times = timed(steps, device, args.repeats)
     reference = times.get("baseline", times[next(iter(times))])
     rows = {
@@ -93,6 +94,7 @@ def time_epochs(args: argparse.Namespace, device: torch.device, steps: dict[str,
     rows = {}
     print(f"{'epochs':16} {'images/s':>9} {'waits':>6} {'evaluation, first and second time':>34}")
     for name, settings in step_kinds(args).items():
+        say(f"training for {args.epochs + 1} epochs of {args.steps} steps: {name}")
         row = rows[name] = measure_epochs(
             settings,
             device,

@@ -20,7 +20,7 @@ from model.engines.native import NativePlan
 from model.smsr import SMSR
 from model.sparse import Plan
 from option import Parser
-from utility import InputError, run_program
+from program import InputError, run_program
 
 
 def build_parser() -> Parser:

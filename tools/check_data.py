@@ -11,7 +11,8 @@ import numpy as np
 from data.image import image_kind, image_size, list_images, read_image
 from data.imageset import check_sizes, match
 from data.resize import crop_to_multiple, downscale
-from utility import InputError, in_parallel
+from program import InputError
+from utility import in_parallel
 
 # LR images made by MATLAB, or by a faithful reimplementation, reach these values.
 MIN_IDENTICAL = 0.99  # share of the values that equal ours

@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.image import read_image
 from data.resize import crop_to_multiple, downscale, upscale
 from evaluation import compare
+from files import check_outputs, write_whole
 from model import load_model
 from model.network import Network
 from option import Parser, png, positive_int
-from utility import InputError, run_program, write_whole
+from program import InputError, run_program
 from visualize import comparison
 
 
@@ -46,9 +47,10 @@ def crop(text: str) -> tuple[int, int, int, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    networks = load_networks(args.methods)
+    check_outputs([args.output], [args.image, *args.methods], argument="output")
+    image, networks = read_image(args.image), load_networks(args.methods)
     scale = common_scale(networks.values(), args.scale)
-    hr = crop_to_multiple(read_image(args.image), scale)
+    hr = crop_to_multiple(image, scale)
     if not hr.size:
         raise InputError(f"--image {args.image}: the image is smaller than {scale} pixels; choose a larger one")
     x, y, width, height = args.crop

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import load_model
 from model.weights import write_weights
 from option import Parser, positive_float
-from utility import InputError, run_program
+from program import InputError, run_program
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from data import BENCHMARK_SETS
 from loading import WEB_PAGE
+from program import InputError
 from tools.unpack import find_members, n_published, unpack
-from utility import InputError
 
 DIV2K_SCALES = (2, 3, 4)
 ADDRESSES = {

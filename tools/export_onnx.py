@@ -19,12 +19,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from files import write_whole
 from model import load_model
 from model.edsr import EDSR
 from model.network import Network
 from model.onnx import GRAPH_MODES, OPSET, PIXELS, export
 from option import Parser
-from utility import PRECISIONS, InputError, run_program, write_whole
+from program import InputError, run_program
+from utility import PRECISIONS
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -68,14 +70,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     model = load_model(args.pre_train, res_scale=args.res_scale)
     mode = choose_mode(args, model)
+    facts = metadata(args, model, mode)
+    if args.output.exists() and facts["weights_sha256"].encode() not in args.output.read_bytes():
+        raise InputError(f"--output {args.output}: already exists, not made from these weights; choose another name")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)  # before the export, which takes a minute
     except OSError as error:
         raise InputError(
             f"--output {args.output}: cannot create its folder: {error.strerror}; choose another"
         ) from None
+    print(f"exporting {args.pre_train}, which takes a minute", file=sys.stderr, flush=True)
     graph = export(model.to(PRECISIONS[args.precision]), mode, args.pixels, args.masks)
-    for key, value in metadata(args, model, mode).items():
+    for key, value in facts.items():
         graph.metadata_props.add(key=f"smsr_{key}", value=str(value))
     content = graph.SerializeToString()
     write_whole(args.output, content)

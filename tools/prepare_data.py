@@ -35,8 +35,9 @@ from data.imageset import lr_names
 from data.resize import crop_to_multiple, downscale
 from option import RESERVED_SET_NAMES, Parser, plain_name, positive_int
 from picture import skipped_files
+from program import InputError, run_program
 from tools import check_data, download, unpack
-from utility import InputError, in_parallel, run_program
+from utility import in_parallel
 
 OUT_HELP = "folder to write to; pass it to main.py as --dir_data"
 

@@ -31,9 +31,10 @@ from data import find_set
 from data.image import read_image
 from data.resize import upscale
 from evaluation import mask_densities
+from files import write_whole
 from loading import load_json
 from option import Parser, count, flag_value, positive_int
-from utility import InputError, run_program, write_whole
+from program import InputError, run_program
 
 # Table 2 of the paper: multiply-adds (G) for an output of 1280x720, PSNR (dB) and SSIM on Y.
 PUBLISHED = {
@@ -104,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run in args.runs:
         results += read_results(run, problems)
     folder = args.output or args.runs[0]
+    check_reports(folder)
     compared = comparisons(results, args.images, args.crop, problems)
     sections = [*tables(results), *curves(args.runs), *compared, *settings(results)]
     title = ", ".join(run.name for run in args.runs)
@@ -116,6 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     return 1 if problems else 0
+
+
+def check_reports(folder: Path) -> None:
+    """Raise InputError if the files to write exist in a folder and are not reports."""
+    for path, start in ((folder / "report.html", b"<h1>Results: "), (folder / "report.md", b"# Results: ")):
+        if path.exists() and start not in path.read_bytes():
+            raise InputError(f"{path}: already exists and is not a report; choose another --output")
 
 
 # What main.py writes. A number that JSON cannot hold is null or "inf".

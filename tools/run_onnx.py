@@ -2,25 +2,28 @@
 
     python tools/run_onnx.py --model smsr_x2.onnx --input photos --output upscaled
 
-This needs onnxruntime, numpy, pillow, and two more files of this project: copy run_onnx.py, picture.py and files.py
-into one folder anywhere. TIFF images and 16 bits per channel also need tifffile and opencv-python-headless.
+This needs onnxruntime, numpy, pillow, and three more files of this project: copy run_onnx.py, picture.py, files.py and
+program.py into one folder anywhere. TIFF images and 16 bits per channel also need tifffile and opencv-python-headless.
 
-It writes <name>_x<scale>_SR.png for each image and skips images that already have one, so an interrupted run resumes
-when it is started again. Alpha and color profiles are kept. So are 16 bits, if the network was exported with --pixels
-float.
+It writes <name>_x<scale>_SR.png for each image. Another call skips the images that are done, so an interrupted one
+resumes; it does not overwrite results of another network or of other images. Alpha and color profiles are kept. So are
+16 bits, if the network was exported with --pixels float.
+
+Images that cannot be upscaled are named at the end. The exit code is then 1, or 2 if no image could be upscaled.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # after the folder of this file
 
-from files import InputError, write_whole
-from picture import Picture, encode_png, list_images, read_picture, skipped_files, to_8_bits
+from files import Results, check_name, check_outputs, digest, write_whole
+from picture import Picture, encode_png, image_files, name_images, read_picture, skipped_files, to_8_bits
+from program import InputError, report_batch, run_program
 
 try:
     import onnxruntime
@@ -148,39 +151,75 @@ def upscale(path: Path, network: Network) -> Picture:
         raise InputError(f"{path}: {mistake}") from None
 
 
-def find(source: Path) -> list[Path]:
-    """The image files of a folder, or the file itself. Prints what it skips. Raises InputError."""
+def find(source: Path) -> dict[str, Path]:
+    """{name: path} of the image files of a folder, or of the file itself. Prints what it skips. Raises InputError."""
     if source.is_file():
-        return [source]
+        return {source.stem: source}
     if not source.is_dir():
         raise InputError(f"--input {source}: no such file or folder; check the path")
     for line in skipped_files(source):
         print(line, file=sys.stderr)
-    paths = list(list_images(source).values())
-    if not paths:
+    images = name_images(image_files(source))
+    if not images:
         raise InputError(f"--input {source}: contains no images; pass a folder of images or one image")
-    return paths
+    return images
+
+
+def check_results(images: Mapping[str, Path], args: argparse.Namespace, scale: int) -> dict[str, str]:
+    """{name: the key of what the result of an image is made from}.
+
+    Raises InputError if a result of something else, or a file that is read, would be overwritten.
+    """
+    if args.input.resolve() == args.output.resolve():
+        raise InputError(f"--output {args.output}: is the folder of the images; choose another")
+    targets = [args.output / target_name(name, scale) for name in images]
+    check_outputs(targets, [args.model, *images.values()], argument="output")
+    results, network = Results(args.output), digest([args.model], b"").encode()
+    keys = {name: digest([path], network) for name, path in images.items()}
+    for name, key in keys.items():
+        results.check(name, key, [target_name(name, scale)], "choose another --output")
+    return keys
+
+
+def target_name(name: str, scale: int) -> str:
+    return f"{name}_x{scale}_SR.png"
+
+
+def process(name: str, path: Path, network: Network, results: Results, key: str) -> None:
+    """Upscale an image and write the result, unless that is done. Raises InputError."""
+    target = target_name(name, network.scale)
+    check_name(target, path)
+    if results.find(name, key, [target]) is None:
+        content = encode_png(upscale(path, network))
+        results.record(name, key, [target], {})
+        write_whole(results.folder / target, content)
 
 
 def _one_line(error):
     return " ".join(str(error).split())[:200]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     network = Network(args.model, args.scale, args.threads)
-    paths = find(args.input)
+    images = find(args.input)
+    keys, failures = check_results(images, args, network.scale), []
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {args.output}: {error.strerror}; choose another folder") from None
-    for index, path in enumerate(paths):
-        _show_progress(index, len(paths), path.name)
-        target = args.output / f"{path.stem}_x{network.scale}_SR.png"
-        if not target.exists():
-            write_whole(target, encode_png(upscale(path, network)))
-    _show_progress(len(paths), len(paths), "")
-    print(f"{len(paths)} upscaled image{'s' if len(paths) > 1 else ''} in {args.output}")
+    for index, (name, path) in enumerate(images.items()):
+        _show_progress(index, len(images), path.name)
+        try:
+            process(name, path, network, results=Results(args.output), key=keys[name])
+        except InputError as mistake:
+            failures.append(str(mistake))
+        except MemoryError:
+            failures.append(f"{path}: not enough memory; cut it into parts")
+    _show_progress(len(images), len(images), "")
+    if count := len(images) - len(failures):
+        print(f"{count} upscaled image{'s' * (count != 1)} in {args.output}")
+    return report_batch(failures, len(images))
 
 
 def _show_progress(done, total, name):
@@ -191,11 +230,4 @@ def _show_progress(done, total, name):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    run_program(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from option import Parser, port
-from utility import InputError, run_program
+from program import InputError, run_program
 
 FOLDER = Path(__file__).resolve().parent / "web"
 

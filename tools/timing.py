@@ -4,12 +4,18 @@ import ctypes
 import gc
 import re
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from utility import seconds_of
+
+
+def say(line: str) -> None:
+    """Print what a benchmark is doing, which takes a while, beside its results on standard output."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def timed(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:

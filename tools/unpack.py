@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from utility import InputError, in_parallel, write_whole
+from files import write_whole
+from program import InputError
+from utility import in_parallel
 
 # Archives contain the folders below, possibly inside others. Nothing else is unpacked, and no name can lead elsewhere.
 DIV2K = re.compile(r"(?:^|/)(DIV2K_(?:train|valid)_(?:HR|LR_bicubic/X\d+)/\d{4}(?:x\d+)?\.png)$")

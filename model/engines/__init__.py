@@ -9,7 +9,8 @@ from model.engines.build import BuildError
 from model.engines.native import NativeEngine
 from model.network import Cost, DeferredCost
 from model.sparse import Plan
-from utility import InputError, is_out_of_memory, logger
+from program import InputError, is_out_of_memory
+from utility import logger
 
 # A function of images (N, n_colors, H, W), the mode and the tile, as `SMSR.inference`.
 Engine = Callable[[torch.Tensor, str, int | None], tuple[torch.Tensor, Cost | DeferredCost]]
@@ -34,9 +35,16 @@ def pick_engine(plan: Plan, name: str = "auto") -> Engine:
         return _BUILDERS[wanted](plan)
     except UnavailableError as error:
         if name != "auto":
-            raise InputError(f"{wanted}: {error}; choose another engine, or auto", argument="engine") from None
+            raise InputError(
+                f"{wanted} cannot run here ({error}); choose another, or auto", argument="engine"
+            ) from None
         _report(f"{wanted} engine: {error}; using plain operators, which are slower")
         return plan
+
+
+def name_of(engine: Engine) -> str:
+    """The name of an engine, of NAMES."""
+    return "plain" if isinstance(engine, Plan) else "native" if isinstance(engine, NativeEngine) else "fused"
 
 
 @functools.cache  # once per process

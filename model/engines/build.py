@@ -99,15 +99,16 @@ def _compile(compiler, flags, path):
 
 def _run(command):
     """The output of a compiler. Raises BuildError with its first error."""
+    name = f"CXX={command[0]}" if os.environ.get("CXX", "").strip() else command[0]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIME_LIMIT)
     except OSError as error:
-        raise BuildError(f"cannot run {command[0]} ({error.strerror})") from None
+        raise BuildError(f"cannot run {name} ({error.strerror})") from None
     except subprocess.TimeoutExpired:
-        raise BuildError(f"{command[0]} did not finish in {TIME_LIMIT} s") from None
+        raise BuildError(f"{name} did not finish in {TIME_LIMIT} s") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit code {done.returncode}"]
-        raise BuildError(f"{command[0]} failed ({lines[0].strip()})")
+        raise BuildError(f"{name} failed ({lines[0].strip()})")
     return done.stdout
 
 
@@ -125,8 +126,11 @@ def processor_flags() -> tuple[str, ...]:
 
 def find_compiler() -> list[str] | None:
     """The command of a C++ compiler: the environment variable CXX, or the first that is installed."""
-    if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
+    if command := os.environ.get("CXX", "").strip():
+        try:
+            return shlex.split(command)
+        except ValueError as error:
+            raise BuildError(f"CXX={command} is not a command ({error})") from None
     return next(([name] for name in COMPILERS if shutil.which(name)), None)
 
 
@@ -136,9 +140,9 @@ def _version(compiler):
 
 def cache_folder() -> Path:
     """Where libraries are kept: $XDG_CACHE_HOME/smsr, or ~/.cache/smsr."""
-    root = os.environ.get("XDG_CACHE_HOME")
+    root = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        return (Path(root) if root else Path.home() / ".cache") / "smsr"
+        return (Path(root) if Path(root).is_absolute() else Path.home() / ".cache") / "smsr"  # as its standard demands
     except RuntimeError:  # there is no home
         raise BuildError("this user has no home folder; set XDG_CACHE_HOME") from None
 

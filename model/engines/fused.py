@@ -21,7 +21,8 @@ from model.engines.graphs import MAX_SHARE, GraphCache, run_both
 from model.engines.weights import pad_to, to_taps
 from model.network import Cost, DeferredCost
 from model.sparse import BlockPlan, Plan
-from utility import InputError, is_out_of_memory, logger
+from program import InputError, is_out_of_memory
+from utility import logger
 
 MAX_FEATS = 128  # a tile holds all channels of its pixels in registers
 MAX_NUMBERS = 2**31 - 1  # in a map of one image: kernels count them in 32 bits

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from utility import InputError, is_out_of_memory
+from program import InputError, is_out_of_memory
 
 MAX_GRAPHS = 4  # shapes kept
 MAX_SHARE = 0.25  # of the memory of the device that a graph may need

@@ -10,7 +10,7 @@ import pytest
 
 from data import cache
 from data.image import read_image
-from utility import InputError
+from program import InputError
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from data.image import image_kind, image_size, list_images, read_image, write_png
-from utility import InputError
+from program import InputError
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from data import DataSettings, PatchSettings, build_test_sets, build_train_loader, find_set, take_range
 from data.srdata import WholeImages
-from utility import InputError
+from program import InputError
 
 SMALL = PatchSettings(patch_size=8, ext="img", n_threads=0)
 
@@ -120,7 +120,7 @@ def test_demo_needs_images_and_cannot_be_trained_on(make_set, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match="none: holds no images; give a folder"):
         build_test_sets(["demo"], DataSettings(root, dir_demo=str(tmp_path / "none")))
-    with pytest.raises(InputError, match=r"absent: no such folder"):
+    with pytest.raises(InputError, match=r"no such file or folder '.*absent'; check the path"):
         build_test_sets(["demo"], DataSettings(root, dir_demo=str(tmp_path / "absent")))
     with pytest.raises(InputError, match=r"^demo .* holds no HR images to train on") as error:
         build_train_loader(["Tiny", "demo"], DataSettings(root, dir_demo=str(root / "Tiny/HR")), SMALL)

@@ -9,7 +9,7 @@ import torch
 
 from data import DataSettings, PatchSettings, build_train_loader, find_set
 from data.srdata import EpochSampler, Patches, PatchLoader, _turn
-from utility import InputError
+from program import InputError
 
 SMALL = PatchSettings(patch_size=8, ext="img", batch_size=2, steps=4, n_threads=0)
 
@@ -148,6 +148,19 @@ def test_an_epoch_shows_all_images_equally_often_in_its_own_order():
     sampler.epoch, sampler.first_step = 1, 3
     assert list(sampler) == first[9:]
     assert len(sampler) == 12
+
+
+@pytest.mark.parametrize("first_step", [0, 3])
+def test_the_order_of_an_epoch_is_a_sequence_of_permutations(first_step):
+    """As it always was, so that runs of earlier versions resume; and without a list of all draws."""
+    sampler = EpochSampler(n_images=5, steps=4, batch_size=4, seed=3, rank=1, world_size=2)
+    sampler.epoch, sampler.first_step = 2, first_step
+    rng = np.random.default_rng((3, 2))
+    order = np.concatenate([rng.permutation(5) for _ in range(4)])
+    draws = [4 * step + draw for step in range(first_step, 4) for draw in (2, 3)]
+    assert list(sampler) == [(order[draw], 2, draw) for draw in draws]
+    sampler.steps = 10**12
+    assert next(iter(sampler)) == (order[draws[0]], 2, draws[0])
 
 
 def test_processes_share_every_batch():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loss import build_loss
-from utility import InputError
+from program import InputError
 
 
 def test_terms_are_weighted_and_added():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from loss import vgg
-from utility import InputError
+from program import InputError
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +76,11 @@ def test_a_failed_download_is_reported(torchvision, monkeypatch):
 def test_the_error_without_torchvision_names_the_package_to_install():
     code = (
         "import sys; sys.modules['torchvision'] = None\n"
-        "import main, utility\n"
+        "import main, program\n"
         "from loss import build_loss\n"
         "build_loss('L1+MSE+GAN')\n"
         "try: build_loss('VGG54')\n"
-        "except utility.InputError as error: print(error.argument, error)"
+        "except program.InputError as error: print(error.argument, error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("loss VGG needs torchvision")

@@ -9,7 +9,7 @@ import torch
 
 from model import MODELS, build_model, load_model, load_weights, read_weights
 from model.common import DIV2K_RGB_MEAN
-from utility import InputError
+from program import InputError
 
 SIZES = {
     "SMSR": {"scale": 3, "n_feats": 8, "n_blocks": 3, "n_layers": 2, "n_colors": 1},

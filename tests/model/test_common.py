@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model.common import DIV2K_RGB_MEAN, check_finite, check_images, mean_color, pad_to_multiple
-from utility import InputError
+from program import InputError
 
 
 @pytest.mark.parametrize("rgb_range", [1, 255])

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.edsr import EDSR
-from utility import InputError
+from program import InputError
 
 
 def test_baseline_has_the_published_size():

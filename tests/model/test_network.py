@@ -14,7 +14,7 @@ from torch import nn
 from model import MODELS, build_model
 from model.inference import build_predictor
 from model.network import Cost, DeferredCost, conv_macs
-from utility import InputError
+from program import InputError
 
 SIZES = {
     "SMSR": {"n_feats": 8, "n_blocks": 2, "n_layers": 2},

@@ -10,7 +10,7 @@ from data.image import read_image
 from model import build_model, load_model
 from model.common import bicubic_weights
 from model.onnx import GATHER_ROWS, GRAPH_MODES, PIXELS, build_graph_module, export
-from utility import InputError
+from program import InputError
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -19,8 +19,8 @@ from model import engines, load_model, sparse
 from model.smsr import DENSE, SMM, SMSR
 from model.sparse import INFERENCE_MODES, BlockPlan, Plan, Workspace, break_even, build_kernel_map, find_neighbors
 from model.tiling import split_into_tiles
+from program import InputError
 from tests.model.masks import with_dense_channels, with_density
-from utility import InputError
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 
 from model import build_model, load_model, read_weights
 from model.weights import write_weights
-from utility import InputError
+from program import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 3 * 2**30  # bytes of memory that no file may make the program exceed
@@ -251,7 +251,7 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)
 sys.path.insert(0, sys.argv[1])
 from model import load_model
-from utility import run_program
+from program import run_program
 run_program(lambda: load_model(sys.argv[3]) and 0)
 """
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from program import InputError
 from tools.benchmark import COMMANDS, main, parse
-from utility import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

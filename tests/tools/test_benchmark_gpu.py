@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from model.smsr import SMSR
+from program import InputError
 from tools import benchmark, benchmark_gpu
 from tools.benchmark_gpu import check_results, check_training, with_dense_channels
 from training_step import TrainingStep
-from utility import InputError
 
 
 @pytest.fixture

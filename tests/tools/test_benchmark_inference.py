@@ -10,11 +10,11 @@ import torch
 from model.edsr import EDSR
 from model.engines.build import find_compiler
 from model.smsr import SMSR
+from program import InputError
 from tools.baselines import Unmasked, UnmaskedAsWritten, with_density
 from tools.benchmark import main
 from tools.benchmark_inference import largest_difference
 from tools.timing import peak_mib, timed
-from utility import InputError
 
 
 @pytest.fixture
@@ -141,3 +141,16 @@ def test_mistakes_are_reported(tmp_path, monkeypatch, weights, flags, message):
     with pytest.raises(InputError) as error:
         run(weights, *flags.split())
     assert re.search(message, error.value.for_command_line())
+
+
+def test_a_broken_image_is_named_and_the_others_are_timed(tmp_path, weights, capsys):
+    for name in ("a.png", "a.bmp"):
+        iio.imwrite(tmp_path / name, np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "b.png").write_text("")
+    line = ["--pre_train", weights, "--device", "cpu", "--repeats", "1", "--images", str(tmp_path)]
+    assert main([*line, "--json", str(tmp_path / "out.json")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {tmp_path / 'b.png'}: not an image")
+    assert [row["name"] for row in json.loads((tmp_path / "out.json").read_text())["images"]] == ["a.bmp", "a.png"]
+    with pytest.raises(InputError, match="would overwrite") as error:
+        main([*line, "--json", weights])
+    assert error.value.argument == "json"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model.engines.build import cache_folder, find_compiler
+from program import InputError
 from tools.build_native import main
-from utility import InputError
 
 
 @pytest.mark.skipif(not find_compiler(), reason="needs a C++ compiler")

@@ -9,8 +9,8 @@ from data.resize import downscale, upscale
 from evaluation import compare
 from model.edsr import EDSR
 from model.smsr import SMSR
+from program import InputError
 from tools.compare import main
-from utility import InputError
 
 
 @pytest.fixture
@@ -50,9 +50,21 @@ def test_methods_are_shown_side_by_side(folder, capsys):
         ("--crop 0,0,5,5 --methods smsr.pt x3.pt", "x2, x3"),
         ("--crop 0,0,5,5 --methods smsr.pt --scale 4", "x2, x4"),
         ("--crop 0,0,5,5 --methods absent.pt", "absent.pt"),
+        ("--crop 0,0,5,5 --methods bicubic hr --image absent.png", "^absent.png: no such file"),
         ("--crop 0,0,5,5 --methods bicubic --scale 60", "hr.png: the image is smaller than 60"),
     ],
 )
 def test_errors_name_the_flag_or_file(folder, line, message):
     with pytest.raises(InputError, match=message):
         compare_methods(line)
+
+
+def test_the_image_is_not_overwritten(folder):
+    before = (folder / "hr.png").read_bytes()
+    (folder / "link.png").symlink_to(folder / "hr.png")
+    line = "--crop 0,0,9,9 --methods bicubic --scale 2"
+    for image, output in (("hr.png", "hr.png"), ("link.png", "hr.png"), ("hr.png", "new/../hr.png")):
+        (folder / "new").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=f"would overwrite {image}, which this call reads"):
+            main(f"{line} --image {image} --output {output}".split())
+    assert (folder / "hr.png").read_bytes() == before

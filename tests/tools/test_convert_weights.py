@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model import build_model, load_model
+from program import InputError
 from tools.convert_weights import main
-from utility import InputError
 
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "safetensors"])

@@ -19,9 +19,9 @@ import pytest
 from data import find_set
 from data.image import read_image
 from data.resize import downscale
+from program import InputError
 from tools import download, unpack
 from tools.prepare_data import main
-from utility import InputError
 
 pytest.importorskip("pooch")
 

@@ -13,12 +13,12 @@ from PIL import ImageCms
 from data.image import read_image, write_png
 from model import build_model
 from picture import Picture, read_picture, to_8_bits
+from program import InputError
 from tools.benchmark import main as benchmark_main
 from tools.export_onnx import main as export_main
 from tools.export_onnx import project_version
 from tools.run_onnx import Network
 from tools.run_onnx import main as run_main
-from utility import InputError
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -53,7 +53,7 @@ def test_a_folder_of_images_without_torch(folder, tiny):
 
 
 def test_run_onnx_needs_two_other_files_of_the_project(folder):
-    for name in ("tools/run_onnx.py", "picture.py", "files.py"):
+    for name in ("tools/run_onnx.py", "picture.py", "files.py", "program.py"):
         shutil.copy(REPOSITORY / name, ".")
     program = "import run_onnx, sys; run_onnx.main(); "
     program += "assert not {'torch', 'utility', 'option', 'model', 'data', 'cv2', 'tifffile'} & set(sys.modules)"
@@ -139,20 +139,57 @@ def test_mistakes_in_running(folder, monkeypatch):
         ("--model w.onnx --input photos --output out --scale 3", "--scale 3: w.onnx upscales by 2"),
         ("--model w.onnx --input absent --output out", "--input absent: no such file or folder"),
         ("--model w.onnx --input empty --output out", "--input empty: contains no images"),
-        ("--model w.onnx --input photos --output out", "photos/1_text.png: not an image, or broken"),
         ("--model w.onnx", "required"),
         ("--model w.onnx --input photos --output w.pt", "--output w.pt: File exists; choose another folder"),
         ("--model w.onnx --input photos --output out --threads 0", "--threads: '0' is not a number from 1 to 256"),
     ):
         with pytest.raises(InputError, match=message):
             run_main(line.split())
-    assert len(list(Path("out").glob("*.png"))) == 2  # the images before the broken one
-    Path("photos/0.jpg").write_bytes(Path("photos/0.png").read_bytes())
-    with pytest.raises(InputError, match=r"photos/0\.png: has the same name as 0\.jpg; rename one"):
-        run_main(["--model", "w.onnx", "--input", "photos", "--output", "out"])
     monkeypatch.setattr("tools.run_onnx.onnxruntime", None)
     with pytest.raises(InputError, match="pip install onnxruntime"):
         run_main(["--model", "w.onnx", "--input", "photos", "--output", "out"])
+
+
+def test_a_broken_image_does_not_end_a_batch_and_nothing_is_done_twice(folder, capsys):
+    Path("photos/1_text.png").write_text("")
+    Path("photos/0.bmp").write_bytes(Path("photos/0.png").read_bytes())
+    line = ["--model", "w.onnx", "--input", "photos", "--output", "out"]
+    assert run_main(line) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == "4 upscaled images in out"
+    assert printed.err.splitlines()[-1].startswith("error: photos/1_text.png: not an image, or broken")
+    names = {"0.bmp_x2_SR.png", "0.png_x2_SR.png", "1_x2_SR.png", "2_x2_SR.png"}
+    times = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("*.png")}
+    assert times.keys() == names
+    assert run_main(line) == 1
+    assert {path.name: path.stat().st_mtime_ns for path in Path("out").glob("*.png")} == times
+
+
+def test_results_of_other_images_or_networks_are_not_replaced_or_taken_for_done(folder):
+    run_main(["--model", "w.onnx", "--input", "photos/1.png", "--output", "out"])
+    before = Path("out/1_x2_SR.png").read_bytes()
+    write_png(folder / "others/1.png", np.zeros((9, 9, 3), np.uint8))
+    graph = onnx.load("w.onnx")
+    graph.doc_string = "another one"
+    onnx.save(graph, "other.onnx")
+    for model, source in (("w.onnx", "others"), ("other.onnx", "photos")):
+        with pytest.raises(InputError, match=r"out/1_x2_SR\.png: already exists, made from another .*--output"):
+            run_main(["--model", model, "--input", source, "--output", "out"])
+    assert {path.name for path in Path("out").glob("*.png")} == {"1_x2_SR.png"}
+    assert Path("out/1_x2_SR.png").read_bytes() == before
+    with pytest.raises(InputError, match="is the folder of the images"):
+        run_main(["--model", "w.onnx", "--input", "photos", "--output", "photos"])
+
+
+def test_an_export_keeps_files_that_it_did_not_make(folder):
+    torch.manual_seed(1)
+    torch.save(build_model("EDSR", scale=2, n_feats=8, n_resblocks=1).state_dict(), "other.pt")
+    Path("mine.onnx").write_text("mine")
+    for weights, output in (("other.pt", "w.onnx"), ("w.pt", "mine.onnx")):
+        before = Path(output).read_bytes()
+        with pytest.raises(InputError, match=f"--output {output}: already exists, not made from these weights"):
+            export_main(["--pre_train", weights, "--output", output])
+        assert Path(output).read_bytes() == before
 
 
 def test_results_keep_depth_alpha_and_profile(folder, tiny):
@@ -179,7 +216,7 @@ def test_other_files_of_a_folder_are_skipped_by_name(folder, capsys):
     Path("photos/notes.txt").write_text("")
     Path("photos/phone.HEIC").write_bytes(b"")
     run_main(["--model", "w.onnx", "--input", "photos", "--output", "out"])
-    assert len(list(Path("out").iterdir())) == 3
+    assert len(list(Path("out").glob("*.png"))) == 3
     lines = capsys.readouterr().err.splitlines()
     assert "photos: skipped notes.txt: not images" in lines
     assert "photos: skipped phone.HEIC: HEIC images cannot be read here; convert them to PNG or JPEG" in lines

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from model.edsr import EDSR
+from program import InputError
 from tools.plot_masks import main
-from utility import InputError
 
 
 def test_channel_masks_are_counted_and_drawn(tmp_path, tiny, capsys):
@@ -26,3 +26,12 @@ def test_a_network_without_masks_is_refused(tmp_path):
     torch.save(EDSR(2, n_feats=8, n_resblocks=1).state_dict(), tmp_path / "edsr.pt")
     with pytest.raises(InputError, match=r"edsr\.pt: EDSR has no masks"):
         main(["--pre_train", str(tmp_path / "edsr.pt"), "--output", str(tmp_path / "masks.png")])
+
+
+def test_the_weights_are_not_overwritten(tmp_path, tiny):
+    path = tmp_path / "weights.png"
+    torch.save(tiny.state_dict(), path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"would overwrite .*weights\.png, which this call reads"):
+        main(["--pre_train", str(path), "--output", str(path)])
+    assert path.read_bytes() == before

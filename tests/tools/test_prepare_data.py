@@ -10,8 +10,8 @@ from PIL import Image
 from data import DataSettings, PatchSettings, build_test_sets, build_train_loader, find_set
 from data.image import read_image
 from data.resize import crop_to_multiple, downscale
+from program import InputError
 from tools.prepare_data import main
-from utility import InputError
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 import main
 from data.image import write_png
 from option import flag_value
+from program import InputError
 from tools.report import _worst_region
 from tools.report import main as report
-from utility import InputError
 
 
 @pytest.fixture
@@ -111,6 +111,17 @@ def test_errors_name_the_file(tested):
     ):
         report([str(tested)])
     assert not (tested / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_a_file_that_is_not_a_report_is_not_overwritten(tested, tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    with pytest.raises(InputError, match=f"{name}: already exists and is not a report; choose another --output"):
+        report.main([str(tested), "--output", str(tmp_path / "mine")])
+    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["mine"]
+    for _ in range(2):  # a report is replaced by a report
+        report.main([str(tested)])
 
 
 @pytest.mark.parametrize(

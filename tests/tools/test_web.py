@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data.image import write_png
+from program import InputError
 from tools.serve_web import FOLDER, build_server
-from utility import InputError
 
 needs_runtime = pytest.mark.skipif(
     not (FOLDER / "node_modules/onnxruntime-web").is_dir(), reason="needs npm install --prefix tools/web"

@@ -12,8 +12,9 @@ from model.engines import fused_kernels as kernels
 from model.engines.fused import FusedEngine, FusedPlan
 from model.smsr import SMSR
 from model.sparse import Plan
+from program import InputError
 from tests.model.masks import with_dense_channels, with_density
-from utility import InputError, logger
+from utility import logger
 
 
 @pytest.fixture(autouse=True)

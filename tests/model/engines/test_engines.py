@@ -4,7 +4,8 @@ import torch
 from model import engines
 from model.smsr import SMSR
 from model.sparse import Plan
-from utility import InputError, logger
+from program import InputError
+from utility import logger
 
 
 @pytest.fixture
@@ -27,11 +28,14 @@ def test_a_change_of_the_engine_takes_effect_in_the_next_call(model):
     x = torch.rand(1, 3, 6, 7)
     model.inference(x)
     model.use_engine("fused")
-    with pytest.raises(InputError, match=r"^fused: it runs on NVIDIA GPUs only; choose another") as error:
+    with pytest.raises(InputError, match=r"^fused cannot run here \(it runs on NVIDIA GPUs only\)") as error:
         model.inference(x)
     assert error.value.argument == "engine"
-    model.use_engine("auto")
-    model.inference(x)
+    for name in ("auto", "plain"):
+        model.use_engine(name)
+        model.inference(x)
+        assert model.engine == engines.name_of(model._engine)
+    assert model.engine == "plain"
 
 
 def test_where_the_fastest_engine_cannot_run_plain_operators_do_and_one_line_says_why(model, monkeypatch, caplog):

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from model import engines, load_model
 from model.engines import pick_engine
-from model.engines.build import find_compiler, processor_flags
+from model.engines.build import cache_folder, find_compiler, processor_flags
 from model.engines.native import NativeEngine, NativePlan
 from model.smsr import SMSR
 from model.sparse import Plan
+from program import InputError
 from tests.model.engines.native_case import build_driver, run_driver
 from tests.model.masks import with_dense_channels, with_density
-from utility import InputError
 
 pytestmark = pytest.mark.skipif(os.name == "nt" or not find_compiler(), reason="needs a C++ compiler")
 ROOT = Path(__file__).resolve().parents[3]
@@ -274,12 +274,22 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+def test_a_relative_cache_is_ignored_as_its_standard_demands(monkeypatch):
+    for value in ("", "cache", "./cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cache_folder() == Path.home() / ".cache/smsr"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert cache_folder() == Path("/cache/smsr")
+
+
 @pytest.mark.parametrize(
     ("environment", "problem"),
     [
-        ({"CXX": "false"}, "false failed (exit code 1)"),
-        ({"CXX": "no-such-compiler"}, "cannot run no-such-compiler (No such file or directory)"),
-        ({"CXX": "{folder}/broken"}, "{folder}/broken failed (native.cpp:1: error: broken)"),
+        ({"CXX": "false"}, "CXX=false failed (exit code 1)"),
+        ({"CXX": "no-such-compiler"}, "cannot run CXX=no-such-compiler (No such file or directory)"),
+        ({"CXX": "a 'b"}, "CXX=a 'b is not a command (No closing quotation)"),
+        ({"CXX": "{folder}/broken"}, "CXX={folder}/broken failed (native.cpp:1: error: broken)"),
+        ({"CXX": " ", "PATH": ""}, "found no C++ compiler; install g++ or clang++, or name one in CXX"),
         ({"CXX": "", "PATH": ""}, "found no C++ compiler; install g++ or clang++, or name one in CXX"),
         ({"ATEN_CPU_CAPABILITY": "default"}, "needs a processor with AVX2, AVX-512 or NEON, not x86_64 DEFAULT"),
     ],
