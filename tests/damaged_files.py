@@ -2,22 +2,13 @@
 
     python tests/damaged_files.py KIND FOLDER SEED COUNT
 
-tests/test_damaged_files.py prepares the folder. Each copy is read in this process, one after another, with limited
-memory. Good outcomes: the program works, or it ends with one line and exit code 2 (1 if it left something out).
+tests/test_bad_input.py prepares the folder.
 """
 
-import contextlib
-import faulthandler
-import io
 import json
 import os
 import random
-import re
-import resource
-import shutil
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-LIMIT = 3 * 2**30  # bytes of memory
-SECONDS = 30  # per file
+from tests.outcomes import copies, find_fault
+
 ODD = [None, True, -1, 0, 2.5, 10**9, 10**30, float("nan"), "", "text", "x" * 10**4, [], [1, "a"], {}, {"a": 1}, -0.0]
 
 
@@ -138,13 +129,12 @@ def make_report():
 
 
 def run_onnx():
-    from tools import run_onnx
+    from tools.run_onnx import main
 
-    run_onnx.main(["--model", "w.onnx", "--input", "photos", "--output", "out", "--threads", "1"])
-    return 0
+    return main(["--model", "w.onnx", "--input", "photos", "--output", "out", "--threads", "1"])
 
 
-UPSCALE = "--data_test video --pre_train weights.pt --test_only --save v --dir_demo "
+UPSCALE = "--pre_train weights.pt --test_only --save up --data_test "
 RESUME = run_main("--load run --dry_run")
 KINDS = {  # the file to damage, how, and what reads it
     "weights": ("weights.pt", damage_torch, load_weights),
@@ -152,61 +142,25 @@ KINDS = {  # the file to damage, how, and what reads it
     "options": ("experiment/run/options.json", damage_json, RESUME),
     "results": ("experiment/tested/results-Tiny2-x2/metrics.json", damage_json, make_report),
     "cache": ("data/Tiny/bin/HR/*.npy", damage_plain, run_main("--load run --dry_run")),
+    "images": ("photos/*", damage_plain, run_main(f"{UPSCALE} demo --dir_demo photos")),
     "onnx": ("w.onnx", damage_plain, run_onnx),
-    "mp4": ("clip.mp4", damage_plain, run_main(UPSCALE + "clip.mp4")),
-    "mkv": ("clip.mkv", damage_plain, run_main(UPSCALE + "clip.mkv")),
+    "mp4": ("clip.mp4", damage_plain, run_main(f"{UPSCALE} video --dir_demo clip.mp4")),
+    "mkv": ("clip.mkv", damage_plain, run_main(f"{UPSCALE} video --dir_demo clip.mkv")),
 }
-
-
-def find_fault(program: Callable[[], int]) -> str | None:
-    """What is wrong with the outcome of a program; None if nothing is."""
-    from program import run_program
-    from tools.run_onnx import InputError as RunError
-
-    output, errors = io.StringIO(), io.StringIO()
-    code = None
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        try:
-            run_program(program)
-        except SystemExit as stop:
-            code = stop.code
-        except RunError as error:
-            code = 2
-            print(f"error: {error}", file=sys.stderr)
-        except BaseException as error:
-            return f"{type(error).__name__}: {str(error)[:300]}"
-    lines = [line for line in re.split("[\r\n]+", errors.getvalue()) if line.strip() and "|" not in line]  # no bars
-    if code not in (0, 1, 2, None):
-        return f"exit code {code}"
-    if code == 2 and (len(lines) != 1 or not lines[0].startswith("error: ")):
-        return f"{len(lines)} lines: {lines[:3]}"
-    if any(len(line) > 1000 for line in lines):
-        return f"a line of {max(map(len, lines))} characters"
-    return "code was executed" if Path("executed").exists() else None
 
 
 def main():
     kind, folder, seed, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     pattern, damage, program = KINDS[kind]
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
-    for index in range(count):
-        rng = random.Random(f"{kind} {seed} {index}")
-        with tempfile.TemporaryDirectory() as copy:
-            shutil.copytree(folder, copy, dirs_exist_ok=True)
-            os.chdir(copy)
-            path = rng.choice(sorted(Path().glob(pattern)))
-            damage(rng, path)
-            damaged = path.read_bytes()
-            faulthandler.dump_traceback_later(SECONDS, exit=True)
-            fault = find_fault(program)
-            faulthandler.cancel_dump_traceback_later()
-            if not fault and kind != "cache" and path.read_bytes() != damaged:
-                fault = "the damaged file was overwritten"
-            if fault:
-                print(f"{kind} {seed} {index}: {fault}", flush=True)
-            os.chdir(folder)
+    for index, rng in copies(folder, kind, seed, count):
+        path = rng.choice(sorted(Path().glob(pattern)))
+        damage(rng, path)
+        damaged = path.read_bytes()
+        fault = find_fault(program)
+        if not fault and kind != "cache" and path.read_bytes() != damaged:
+            fault = "the damaged file was overwritten"
+        if fault:
+            print(f"{kind} {seed} {index}: {fault}", flush=True)
 
 
 if __name__ == "__main__":
