@@ -573,11 +573,18 @@ def ranges(text: str) -> list[list[int]]:
     return spans
 
 
-def png(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a .png file")
-    return path
+def file_to_write(*suffixes: str) -> Callable[[str], Path]:
+    """A type of options: the name of a file with one of these suffixes, e.g. ".png"."""
+
+    def parse(text):
+        path = Path(text)
+        if path.suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text!r} does not end with {' or '.join(suffixes)}")
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} is a folder")
+        return path
+
+    return parse
 
 
 def _number(text, kind, accepted, wanted, largest=math.inf):

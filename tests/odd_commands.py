@@ -53,7 +53,7 @@ COMMANDS = {  # a program and a command line that works
     "unpack": ("tools.prepare_data", "div2k --archive_dir photos --out new --n_threads 1"),
     "compare": ("tools.compare", "--image photos/img0.png --crop 0,0,8,8 --methods bicubic weights.pt --output c.png"),
     "masks": ("tools.plot_masks", "--pre_train weights.pt --output masks.png"),
-    "convert": ("tools.convert_weights", "weights.pt converted.pt"),
+    "convert": ("tools.convert_weights", "--pre_train weights.pt --output converted.pt"),
     "onnx": ("tools.run_onnx", "--model w.onnx --input photos --output out --threads 1"),
     "benchmark": ("tools.benchmark", "--pre_train weights.pt --size 8x8 --repeats 1 --threads 1 --device cpu"),
 }

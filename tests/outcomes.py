@@ -51,11 +51,11 @@ def find_fault(program: Callable[[], int | None]) -> str | None:
             return f"{type(error).__name__}: {str(error)[:300]}"
         finally:
             faulthandler.cancel_dump_traceback_later()
-    lines = [line for line in re.split("[\r\n]+", errors.getvalue()) if line.strip() and "|" not in line]  # no bars
+    lines = [line for line in re.split("[\r\n]+", errors.getvalue()) if line.strip()]
     if code not in (0, 1, 2, None):
         return f"exit code {code}"
-    if code == 2 and (len(lines) != 1 or not lines[0].startswith("error: ")):
-        return f"{len(lines)} lines: {lines[:3]}"
+    if code == 2 and [line.startswith("error: ") for line in lines] != [False] * (len(lines) - 1) + [True]:
+        return f"not one error as the last line: {lines[-3:]}"
     if any(len(line) > 1000 for line in lines):
         return f"a line of {max(map(len, lines))} characters"
     return "code was executed" if Path("executed").exists() else None

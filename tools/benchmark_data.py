@@ -30,7 +30,7 @@ from data.image import write_png
 from data.imageset import ImageSet
 from data.resize import crop_to_multiple, downscale
 from data.srdata import EpochSampler, Patches, PatchLoader
-from option import count, positive_float, positive_int
+from option import count, file_to_write, positive_float, positive_int
 from program import InputError
 from tools.baselines import PickledPatches
 from tools.benchmark_inference import mirrored_photograph, parse_size
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--seconds", type=positive_float, default=2, help="duration of a round per kind of cache")
     parser.add_argument("--rounds", type=positive_int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--json", type=file_to_write(".json"), metavar="FILE", help="write the results to this file")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ import torch
 from model import load_model
 from model.engines.graphs import CudaGraph
 from model.smsr import SMSR
-from option import positive_int
+from option import file_to_write, positive_int
 from program import InputError
 from tools import benchmark_train
 from tools.baselines import Unmasked, with_density
@@ -52,7 +52,7 @@ COLUMNS = ("unmasked", "unmasked_graph", "compiled_graph", "fused", "fused_graph
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pre_train", type=Path, default=DEFAULT_WEIGHTS, help="weights of an SMSR network")
     parser.add_argument("--repeats", type=positive_int, default=15, help="number of timed calls per network")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--json", type=file_to_write(".json"), metavar="FILE", help="write the results to this file")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -47,7 +47,7 @@ from model.engines.native import NativeEngine, NativePlan
 from model.network import Network
 from model.smsr import SMSR
 from model.sparse import Plan
-from option import positive_int
+from option import file_to_write, positive_int
 from picture import image_files, name_images
 from program import InputError, report_batch
 from tools.baselines import Unmasked, UnmaskedAsWritten, with_density
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="also time the compiled unmasked network")
     parser.add_argument(
         "--plot",
-        type=plot_file,
+        type=file_to_write(*PLOT_FORMATS),
         metavar="FILE.png",
         help="plot time against mask density, on the first image with shifted masks",
     )
@@ -83,7 +83,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=positive_int, help="number of CPU threads (default: PyTorch's choice)")
     parser.add_argument("--repeats", type=positive_int, default=11, help="number of timed calls per network")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--json", type=file_to_write(".json"), metavar="FILE", help="write the results to this file")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -92,13 +92,6 @@ def parse_size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 360x640 (height x width)")
     return int(match[1]), int(match[2])
-
-
-def plot_file(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() not in PLOT_FORMATS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a .png, .svg or .pdf file")
-    return path
 
 
 def mirrored_photograph(height: int, width: int, n_colors: int = 3) -> np.ndarray:

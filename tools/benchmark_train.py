@@ -22,7 +22,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from loss import build_loss
 from model.engines.graphs import WARM_UP
 from model.smsr import SMSR
-from option import count, positive_int
+from option import count, file_to_write, positive_int
 from tools.baselines import PlainTraining
 from tools.benchmark_epochs import measure_epochs
 from tools.timing import say, timed
@@ -54,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=positive_int, default=11, help="number of timed steps of each kind")
     parser.add_argument("--epochs", type=count, default=0, help="also time this many whole epochs of each kind")
     parser.add_argument("--steps", type=positive_int, default=100, help="batches per epoch")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--json", type=file_to_write(".json"), metavar="FILE", help="write the results to this file")
 
 
 def run(args: argparse.Namespace) -> None:

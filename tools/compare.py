@@ -21,7 +21,7 @@ from evaluation import compare
 from files import check_outputs, write_whole
 from model import load_model
 from model.network import Network
-from option import Parser, png, positive_int
+from option import Parser, file_to_write, positive_int
 from program import InputError, run_program
 from visualize import comparison
 
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--crop", type=crop, required=True, metavar="X,Y,W,H", help="part of the image, in pixels")
     parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="bicubic, hr or a weights file")
     parser.add_argument("--scale", type=positive_int, help="upscaling factor (default: the scale of the weights)")
-    parser.add_argument("--output", type=png, required=True, metavar="FILE.png", help="file to write")
+    parser.add_argument("--output", type=file_to_write(".png"), required=True, metavar="FILE.png", help="file to write")
     return parser.parse_args(argv)
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import load_model
 from model.weights import write_weights
-from option import Parser, positive_float
+from option import Parser, file_to_write, positive_float
 from program import InputError, run_program
 
 
@@ -22,17 +22,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pre_train", type=Path, required=True, help="weights of an SMSR or an EDSR")
     parser.add_argument(
-        "--output", type=weights_file, required=True, metavar="FILE", help="file to write: .pt or .safetensors"
+        "--output",
+        type=file_to_write(".pt", ".pth", ".safetensors"),
+        required=True,
+        metavar="FILE",
+        help="file to write: .pt or .safetensors",
     )
     parser.add_argument("--rgb_range", type=positive_float, help="value range, if the weights do not record it (255)")
     parser.add_argument("--res_scale", type=positive_float, help="of an EDSR, if the weights do not record it (1)")
     return parser.parse_args(argv)
-
-
-def weights_file(text: str) -> Path:
-    if Path(text).suffix not in (".pt", ".pth", ".safetensors"):
-        raise argparse.ArgumentTypeError(f"{text!r} does not end with .pt, .pth or .safetensors")
-    return Path(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from model import load_model
 from model.edsr import EDSR
 from model.network import Network
 from model.onnx import GRAPH_MODES, OPSET, PIXELS, export
-from option import Parser
+from option import Parser, file_to_write
 from program import InputError, run_program
 from utility import PRECISIONS
 
@@ -32,7 +32,9 @@ from utility import PRECISIONS
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pre_train", type=Path, required=True, help="weights of an SMSR or an EDSR")
-    parser.add_argument("--output", type=onnx_file, required=True, metavar="FILE.onnx", help="file to write")
+    parser.add_argument(
+        "--output", type=file_to_write(".onnx"), required=True, metavar="FILE.onnx", help="file to write"
+    )
     parser.add_argument(
         "--mode",
         choices=GRAPH_MODES,
@@ -58,12 +60,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--masks", action="store_true", help="return the masks as a second output")
     return parser.parse_args(argv)
-
-
-def onnx_file(text: str) -> Path:
-    if not text.endswith(".onnx"):
-        raise argparse.ArgumentTypeError(f"{text!r} does not end with .onnx")
-    return Path(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

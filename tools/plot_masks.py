@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from files import check_outputs, write_whole
 from model import load_model
 from model.smsr import SMSR
-from option import Parser, png
+from option import Parser, file_to_write
 from program import InputError, run_program
 from visualize import channel_sheet
 
@@ -21,7 +21,7 @@ from visualize import channel_sheet
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pre_train", type=Path, required=True, help="SMSR weights")
-    parser.add_argument("--output", type=png, required=True, metavar="FILE.png", help="file to write")
+    parser.add_argument("--output", type=file_to_write(".png"), required=True, metavar="FILE.png", help="file to write")
     args = parser.parse_args(argv)
     check_outputs([args.output], [args.pre_train], argument="output")
     model = load_model(args.pre_train)

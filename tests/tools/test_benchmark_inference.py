@@ -127,7 +127,7 @@ def test_differences_refer_to_pixels_in_0_to_255(monkeypatch):
         ("--size 5x5 --images .", "not allowed with"),
         ("--images absent", "absent: no such folder"),
         ("--images empty", "--images empty: contains no images"),
-        ("--plot curve.txt", "--plot: 'curve.txt' is not the name of a .png"),
+        ("--plot curve.txt", "--plot: 'curve.txt' does not end with .png or .svg or .pdf"),
         ("--repeats 0", "--repeats"),
         ("--pre_train absent.pt", "absent.pt"),
         ("--pre_train edsr.pt", "edsr.pt: .*SMSR"),
