@@ -194,7 +194,8 @@ class Experiment:
     def load_checkpoint(self) -> dict[str, Any]:
         """Read checkpoint.pt, as `trainer.Trainer.state` wrote it. Raises InputError if it is missing or broken."""
         if not self.checkpoint_path.is_file():
-            raise InputError(f"{self.checkpoint_path} does not exist; {self._advice()}", argument="load")
+            advice = self._advice() if self.folder.is_dir() else "check the name of the run"
+            raise InputError(f"{self.checkpoint_path} does not exist; {advice}", argument="load")
         state = load_tensors(self.checkpoint_path, self._advice(), argument="load")
         self.check_checkpoint(state, CHECKPOINT)
         return state
