@@ -27,6 +27,7 @@ class Results(Protocol):
     """What a test keeps of each image; see results.py."""
 
     failed: dict[str, str]  # {image name: why it could not be done}
+    n_reused: int  # images that an earlier test had done
 
     def find(self, name: str) -> tuple[dict[str, Any], Cost] | None:
         """The row and the cost of an image that an earlier test has done."""
@@ -55,11 +56,11 @@ def evaluate(
     """
     model.eval()
     predict = predict or model.inference
-    measured, failed = {}, {}  # of this process: by index, what `_Run.measure` returns, and messages
+    measured, failed = {}, {}  # of this process: by index, what `_Evaluation.measure` returns, and messages
     mine = range(distributed.rank(), len(images), distributed.world_size())
     progress = progress_bar(mine, distributed.is_main_process(), desc=images.name, unit="image")
     with progress, _background(model.device) as submit:
-        run = _Run(model, images, predict=predict, results=results, submit=submit, warm_up=warm_up)
+        run = _Evaluation(model, images, predict=predict, results=results, submit=submit, warm_up=warm_up)
         for index in progress:
             try:
                 measured[index] = run.measure(index)
@@ -70,6 +71,7 @@ def evaluate(
     measured = {index: (row | quality.result(), cost) for index, (row, quality, cost) in measured.items()}
     measured = _in_order(measured)
     if results is not None:
+        results.n_reused = sum(distributed.gather(run.n_reused))
         results.failed = {images.names[index]: message for index, message in _in_order(failed).items()}
     rows, costs = [row for row, _ in measured.values()], [cost for _, cost in measured.values()]
     _report_left_out(rows, images.name)
@@ -83,8 +85,8 @@ def _in_order(values):
 
 
 @dataclass
-class _Run:
-    """The settings of an evaluation, see there."""
+class _Evaluation:
+    """Measures one image after another; see `evaluate` for its settings."""
 
     model: Network
     images: WholeImages
@@ -92,14 +94,16 @@ class _Run:
     results: Results | None
     submit: Callable[..., Future]
     warm_up: bool  # run the next image twice
+    n_reused: int = 0
 
     def measure(self, index: int) -> tuple[dict[str, Any], Future, Cost]:
         """The row of an image, its PSNR and SSIM, and its cost; an image that is done is not done again."""
         if self.results and (done := self.results.find(self.images.names[index])):
             row, cost = done
+            self.n_reused += 1
             return row, _compute_at_once(dict), cost
         name, lr, hr = self.images[index]
-        with _lack_of_memory_reported(name, lr):
+        with _report_lack_of_memory(name, lr):
             sr, cost, seconds = self._upscale(lr)
             row = {"name": name, "lr_shape": list(lr.shape[:2]), "seconds": seconds}
             row |= {"mask_density": cost.mask_density, "active_share": cost.active_share}
@@ -123,7 +127,7 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _lack_of_memory_reported(name, lr):
+def _report_lack_of_memory(name, lr):
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import option
+from program import INTERRUPTED, InputError, report_batch, run_program
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
-    option.build_parser().print_help()  # before the imports below, which take seconds
-    sys.exit()
+    run_program(option.build_parser().print_help)  # before the imports below, which take seconds
 
 import torch
 
@@ -24,14 +24,13 @@ from data.device import DeviceLoader
 from data.srdata import PatchLoader
 from data.video import upscale_video
 from evaluation import evaluate, table
-from files import Results, check_outputs, digest, overwritten
+from files import Results, check_name, check_outputs, digest, overwritten
 from loss import build_loss
 from loss.adversarial import AdversarialSettings
 from model import StateDict, build_model, read_weights
 from model.inference import build_predictor
 from model.network import Network, Predict
 from model.weights import fingerprint
-from program import INTERRUPTED, InputError, report_batch, run_program
 from recovery import report_failures, resume_hint
 from results import ResultSettings, SetResults
 from summary import TensorBoard, check_tensorboard
@@ -309,11 +308,11 @@ def test_video(args: argparse.Namespace, experiment: Experiment, model: Network,
     if not clip.is_file():
         problem = "is a folder; give a video file" if clip.is_dir() else "no such file; check the path"
         raise InputError(f"{clip}: {problem}", argument="dir_demo")
-    read_info(clip)
-    results = Results(experiment.results_folder("video", args.scale))
     name = f"{clip.stem}_x{args.scale}_SR.mp4"
-    target, key = results.folder / name, made_with(args, model)
-    made_from = digest([clip], key)
+    check_name(name, clip)
+    read_info(clip)  # raises InputError before anything is deleted
+    results = Results(experiment.results_folder("video", args.scale))
+    target, made_from = results.folder / name, digest([clip], made_with(args, model))
     if not args.reset:
         results.check(name, made_from, [name], RESULTS_ADVICE)
         if results.find(name, made_from, [name]) is not None:
@@ -324,7 +323,7 @@ def test_video(args: argparse.Namespace, experiment: Experiment, model: Network,
         results.remove(name, [name])
     results.record(name, made_from, [name], {})
     upscale = functools.partial(model.upscale, predict=predict)
-    count = upscale_video(upscale, clip, target, scale=args.scale, n_colors=args.n_colors, key=key)
+    count = upscale_video(upscale, clip, target, scale=args.scale, n_colors=args.n_colors, key=made_from)
     write_options(results.folder / "options.json", vars(args), option.defaults())
     logger.info(f"{count} frames written to {target}")
     return 0

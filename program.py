@@ -1,6 +1,7 @@
 """How every program here starts and ends: what launched it, one-line errors, exit codes. Nothing here needs PyTorch."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ def run_program(main: Callable[[], int | None], memory_hint: str = "use smaller 
         if error.errno is None:
             raise
         is_closed_pipe = isinstance(error, BrokenPipeError)
-        line = shorten(f"{error.filename or 'standard output, or a file'}: {error.strerror}")
+        line = shorten(f"{error.filename or 'standard output, or a file'}: {error.strerror}; {_advice(error)}")
         code = CLOSED_PIPE if is_closed_pipe else _complain(line, 2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -62,6 +63,19 @@ def run_program(main: Callable[[], int | None], memory_hint: str = "use smaller 
         for stream in (sys.stdout, sys.stderr):
             _discard_unwritten(stream)
     sys.exit(code)
+
+
+def _advice(error):
+    """What to do about an OSError."""
+    advice = {
+        errno.ENOSPC: "free some disk space",
+        errno.EDQUOT: "free some disk space",
+        errno.EACCES: "check its permissions",
+        errno.EPERM: "check its permissions",
+        errno.EROFS: "write to another folder",
+        errno.ENAMETOOLONG: "use a shorter name",
+    }
+    return advice.get(error.errno, "check the path")
 
 
 def _usable(stream: TextIO | None) -> TextIO:

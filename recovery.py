@@ -45,6 +45,8 @@ def report_failures(experiment: Experiment) -> Iterator[None]:
     """Report user-visible failures in one line, as an InputError, with the command to resume."""
     try:
         yield
+    except BrokenPipeError:  # nobody reads the output any more, which is not a mistake
+        raise
     except OSError as error:
         problem = f"{error.filename or 'a file'}: {error.strerror or error}"
         raise InputError(f"{problem}; fix it, then {resume_hint(experiment)}") from None

@@ -63,7 +63,7 @@ class SetResults:
 
     folder      that they are written to
     failed      {image name: why it could not be done}
-    n_reused    images that an earlier call had done
+    n_reused    how many images an earlier call had done
     """
 
     def __init__(self, folder: Path, images: WholeImages, settings: ResultSettings):
@@ -82,9 +82,8 @@ class SetResults:
         inputs = [*inputs, *(path for pair in self.images.paths for path in pair)]
         outputs = [path for name in names for path in self._results.files(name, self.files(name))]
         check_outputs(outputs, inputs, argument="save")
-        for name in names:
-            if not reset:
-                self._results.check(name, self._made_from(name), self.files(name), advice)
+        for name in names if not reset else ():
+            self._results.check(name, self._made_from(name), self.files(name), advice)
 
     def remove(self) -> None:
         """Remove the results of the images of this set, and nothing else."""
@@ -109,7 +108,6 @@ class SetResults:
         is_same = facts is not None and not any(FACTS(facts, "")) and facts["row"]["name"] == name
         if not is_same or (self.images.has_hr and facts["measured_with"] != self.settings.measured_with):
             return None
-        self.n_reused += 1
         return facts["row"], Cost(**facts["cost"] | {"important": tuple(facts["cost"]["important"])})
 
     def save(self, row: Row, cost: Cost, lr: np.ndarray, sr: np.ndarray, masks: np.ndarray) -> None:

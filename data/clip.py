@@ -65,6 +65,7 @@ class ClipInfo:
     time_base: Fraction  # seconds per unit of a frame's time
     start: Fraction  # seconds at which the file starts
     n_frames: int  # according to the file; 0 if it does not say
+    is_interlaced: bool
 
     @property
     def is_transposed(self) -> bool:
@@ -191,8 +192,6 @@ def read_info(path: Path) -> ClipInfo:
         is_wide = frame.color_trc in HDR_TRANSFERS or frame.color_primaries == BT2020
         if is_wide or matrix not in SWSCALE_MATRICES:
             raise InputError(f"{path}: has HDR or wide-gamut colors; convert it to BT.709 first, e.g. with ffmpeg")
-        if frame.interlaced_frame:
-            logger.warning(f"{path}: is interlaced, and the result will show it; deinterlace it first")
         return ClipInfo(
             stored_size=(frame.width, frame.height),
             stored_aspect=clip.video.sample_aspect_ratio or clip.video.codec_context.sample_aspect_ratio or Fraction(1),
@@ -204,6 +203,7 @@ def read_info(path: Path) -> ClipInfo:
             time_base=clip.video.time_base,
             start=clip.start,
             n_frames=clip.video.frames,
+            is_interlaced=frame.interlaced_frame,
         )
 
 

@@ -1,28 +1,27 @@
 """Upscale a video frame by frame, so that memory use does not grow with its length."""
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data.clip import ClipReader, ClipWriter, SoundError, read_info
 from data.image import read_image, write_png
 from picture import to_colors
-from utility import logger
+from utility import logger, progress_bar
 
 
 def upscale_video(
     upscale: Callable[[np.ndarray], np.ndarray],
     path: Path,
     target: Path,
+    *,
     scale: int,
-    n_colors: int = 3,  # 1 (gray) or 3 (RGB)
-    key: bytes = b"",
+    n_colors: int = 3,
+    key: str = "",
 ) -> int:
     """Upscale the video `path` to `target`, an MP4 file with the same times of frames, pixel shape, colors and sound.
 
@@ -30,11 +29,12 @@ def upscale_video(
     odd size is repeated.
 
     Finished frames are kept as PNG files in a folder next to `target` until the video is complete. After an
-    interruption, another call with the same video and `key` resumes after the last finished frame.
+    interruption, another call with the same `key` resumes after the last finished frame.
 
     Args:
         upscale: uint8 (H, W, n_colors) -> uint8 (scale H, scale W, n_colors)
-        key: anything else the frames depend on, e.g. the weights
+        n_colors: 1 (gray) or 3 (RGB)
+        key: a digest of all that the frames depend on: the video, the weights, options
 
     Returns:
         the number of frames
@@ -43,7 +43,9 @@ def upscale_video(
         InputError: `path` is not a video, holds no frames or HDR, or `target` cannot be written; or PyAV is missing
     """
     info = read_info(path)
-    frames = target.with_name(f"frames-{_key(path, key)}")
+    if info.is_interlaced:
+        logger.warning(f"{path}: is interlaced, and the result will show it; deinterlace it first")
+    frames = target.with_name(f"frames-{key[:16]}")
     frames.mkdir(exist_ok=True)
     unfinished = frames / f"{os.getpid()}.tmp"
 
@@ -55,11 +57,7 @@ def upscale_video(
             return _upscale_frames(upscale, clip, writer, frames=frames, n_colors=n_colors)
 
     try:
-        try:
-            count = write(with_sound=True)
-        except SoundError:
-            logger.warning(f"{path}: MP4 files cannot hold its sound, so the result is silent")
-            count = write(with_sound=False)  # frames that are finished are not upscaled again
+        count = _with_sound_if_possible(write, path)
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -69,15 +67,18 @@ def upscale_video(
     return count
 
 
-def _key(path, key):
-    stat = path.stat()
-    return hashlib.sha256(key + f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+def _with_sound_if_possible(write, path):
+    try:
+        return write(with_sound=True)
+    except SoundError:
+        logger.warning(f"{path}: MP4 files cannot hold its sound, so the result is silent")
+        return write(with_sound=False)  # frames that are finished are not upscaled again
 
 
 def _upscale_frames(upscale, clip: ClipReader, writer: ClipWriter, frames, n_colors):
     """Write all frames and the sound of the clip, and keep the frames as <index>.png. Returns the number of frames."""
     count = 0
-    with tqdm(total=writer.info.n_frames or None, desc=clip.path.name, unit="frame", leave=False) as bar:
+    with progress_bar(total=writer.info.n_frames or None, desc=clip.path.name, unit="frame") as bar:
         for item in clip:
             if isinstance(item, clip.av.Packet):
                 clip.n_damaged += not writer.copy(item)

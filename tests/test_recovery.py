@@ -157,7 +157,10 @@ def test_a_missing_compiler_is_reported_with_the_flag(experiment, error):
     assert reported(experiment, failure) == (message, "compile")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("a bug"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("shapes differ"), ValueError("a bug"), KeyboardInterrupt(), BrokenPipeError(32, "Broken pipe")],
+)
 def test_other_errors_keep_their_type(experiment, error):
     with pytest.raises(type(error)) as caught, report_failures(experiment):
         raise error

@@ -249,7 +249,7 @@ run_program(main)
 @pytest.mark.parametrize(
     ("redirection", "code", "error"),
     [
-        (">/dev/full", 2, "error: standard output.*: No space left on device\n"),
+        (">/dev/full", 2, "error: standard output.*: No space left on device; free some disk space\n"),
         (">/dev/full 2>/dev/full", 2, ""),
         (">&-", 0, ""),
         ("| true", 141, ""),
@@ -270,7 +270,7 @@ def test_output_that_cannot_be_written_ends_a_program_in_one_line_at_most(tmp_pa
 def test_every_name_can_be_printed_in_every_encoding(tmp_path, encoding):
     script = (
         f"import sys; sys.path.insert(0, {str(Path(files.__file__).parent)!r})\n"
-        "from utility import log_to_console, logger, run_program, InputError\n"
+        "from program import InputError, run_program\nfrom utility import log_to_console, logger\n"
         "def main():\n"
         "    log_to_console()\n"
         "    logger.info('写真 \\udcff →')\n"

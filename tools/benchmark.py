@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse(sys.argv[1:] if argv is None else argv)
     for name in ("json", "plot"):
         if output := getattr(args, name, None):
-            check_outputs([output], [getattr(args, "pre_train", None)], argument=name)
+            images = getattr(args, "images", None)
+            inputs = [getattr(args, "pre_train", None), *(images.glob("*") if images else ())]
+            check_outputs([output], inputs, argument=name)
     return COMMANDS[args.command].run(args)
 
 

@@ -3,16 +3,14 @@
 import argparse
 import functools
 import os
-import shutil
 import time
 from pathlib import Path
-
-from tqdm import tqdm
 
 from data import BENCHMARK_SETS
 from loading import WEB_PAGE
 from program import InputError
-from tools.unpack import find_members, n_published, unpack
+from tools.unpack import check_space, find_members, n_published, unpack
+from utility import progress_bar
 
 DIV2K_SCALES = (2, 3, 4)
 ADDRESSES = {
@@ -169,9 +167,9 @@ def _transfer(url, part):
         response.raise_for_status()
         done = done if response.status_code == 206 else 0
         left = int(response.headers.get("Content-Length", 0))
-        _check_space(part.parent, left)
+        check_space(part.parent, left)
         name = url.rpartition("/")[2]
-        bar = tqdm(desc=name, initial=done, total=done + left or None, unit="B", unit_scale=True, leave=False)
+        bar = progress_bar(desc=name, initial=done, total=done + left or None, unit="B", unit_scale=True)
         with open(part, "ab" if done else "wb") as file, bar:
             for chunk in response.iter_content(CHUNK_BYTES):
                 if not done and not bar.n and chunk.lstrip().lower().startswith(WEB_PAGE):
@@ -182,11 +180,6 @@ def _transfer(url, part):
 
 def _size(path):
     return path.stat().st_size if path.exists() else 0
-
-
-def _check_space(folder, needed):
-    if needed > (free := shutil.disk_usage(folder).free):
-        raise InputError(f"{folder}: {needed / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free")
 
 
 def _write(file, chunk):

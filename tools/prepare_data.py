@@ -20,7 +20,6 @@ to a multiple of that scale. A file that already exists must hold what would be 
 
 import argparse
 import functools
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from data.imageset import lr_names
 from data.resize import crop_to_multiple, downscale
 from option import RESERVED_SET_NAMES, Parser, plain_name, positive_int
 from picture import skipped_files
-from program import InputError, run_program
+from program import InputError, run_program, usable_processors
 from tools import check_data, download, unpack
 from utility import in_parallel
 
@@ -85,7 +84,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check.add_argument("--scale", type=positive_int, required=True, help="scale of the LR images to check")
     for command in commands.choices.values():
         command.add_argument(
-            "--n_threads", type=positive_int, default=os.cpu_count() or 1, help="images to process in parallel"
+            "--n_threads", type=positive_int, default=usable_processors(), help="images to process in parallel"
         )
     return parser.parse_args(argv)
 

@@ -23,7 +23,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # after the fol
 
 from files import Results, check_name, check_outputs, digest, write_whole
 from picture import Picture, encode_png, image_files, name_images, read_picture, skipped_files, to_8_bits
-from program import InputError, report_batch, run_program
+from program import InputError, report_batch, run_program, shorten
 
 try:
     import onnxruntime
@@ -107,7 +107,7 @@ class Network:
             message = str(error).lower()
             if isinstance(error, MemoryError) or "alloc" in message or "memory" in message:
                 raise too_large from None
-            raise InputError(f"the network fails ({_one_line(error)}); export it again") from None
+            raise InputError(f"the network fails ({shorten(str(error), 200)}); export it again") from None
         if sr.shape != (1, height * self.scale, width * self.scale, self.n_colors):
             raise InputError(f"the network returns an array {sr.shape}; export it again")
         return sr[0]
@@ -125,7 +125,7 @@ def _load(path, threads):
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime raises many types
-        message = f"not an ONNX file, or damaged ({_one_line(error)}); export the network again"
+        message = f"not an ONNX file, or damaged ({shorten(str(error), 200)}); export the network again"
         raise InputError(f"--model {path}: {message}") from None
 
 
@@ -193,10 +193,6 @@ def process(name: str, path: Path, network: Network, results: Results, key: str)
         content = encode_png(upscale(path, network))
         results.record(name, key, [target], {})
         write_whole(results.folder / target, content)
-
-
-def _one_line(error):
-    return " ".join(str(error).split())[:200]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

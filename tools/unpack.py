@@ -88,15 +88,21 @@ def unpack(members: Sequence[Member], out: Path, n_threads: int) -> None:
     Raises InputError if a file is there with other content, a member is damaged, or the disk is too small.
     """
     out.mkdir(parents=True, exist_ok=True)
-    needed = sum(member.size for member in members if not (out / member.target).exists())
-    if needed > (free := shutil.disk_usage(out).free):
-        raise InputError(f"{out}: {needed / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free; make room")
     members = sorted({member.target: member for member in members}.values(), key=lambda member: member.target)
+    check_space(out, sum(member.size for member in members if not (out / member.target).exists()))
     for folder, group in groupby(members, key=lambda member: member.folder):
         group = list(group)
         in_parallel(lambda member: _unpack_one(member, out), group, n_threads, folder)
         published = n_published(folder)
         print(f"{out / folder}: {len(group)}" + f" of {published}" * (published is not None) + " images")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise InputError if the disk of a folder has less room than `needed` bytes."""
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise InputError(
+            f"{folder}: {needed / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free; make room"
+        )
 
 
 def _unpack_one(member, out):

@@ -95,10 +95,10 @@ def test_hdr_is_refused(tmp_path, tags):
         read_info(path)
 
 
-def test_interlaced_videos_are_named(tmp_path, caplog):
+def test_interlaced_videos_are_known(tmp_path):
     path = write_clip(tmp_path / "a.mkv", noise(2), codec="mpeg4", pix_fmt="yuv420p", flags=1 << 18 | 1 << 29)
-    read_info(path)
-    assert f"{path}: is interlaced, and the result will show it; deinterlace it first" in caplog.text
+    assert read_info(path).is_interlaced
+    assert not read_info(write_clip(tmp_path / "b.mkv", noise(2))).is_interlaced
 
 
 # ---- shape -----------------------------------------------------------------------------------------------------------

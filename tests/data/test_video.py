@@ -112,10 +112,10 @@ class Interrupted:
 
 def test_interrupted_videos_are_resumed(folder):
     with pytest.raises(KeyboardInterrupt):
-        upscale(folder, Interrupted(3), key=b"weights")
+        upscale(folder, Interrupted(3), key="weights")
     assert not (folder / "out.mp4").exists()
     rest = Interrupted(4)
-    assert upscale(folder, rest, key=b"weights") == 7
+    assert upscale(folder, rest, key="weights") == 7
     assert rest.left == 0
     upscale_video(doubled, folder / "clip.mkv", folder / "whole.mp4", scale=2)
     assert (folder / "out.mp4").read_bytes() == (folder / "whole.mp4").read_bytes()
@@ -123,13 +123,13 @@ def test_interrupted_videos_are_resumed(folder):
 
 def test_frames_of_other_weights_and_clips_are_neither_reused_nor_deleted(folder):
     make_clip(folder / "other.mkv", count=6)
-    for clip, key in (("clip.mkv", b"some"), ("other.mkv", b"others")):
+    for clip, key in (("clip.mkv", "clip, some"), ("other.mkv", "other, others")):
         with pytest.raises(KeyboardInterrupt):
             upscale(folder, Interrupted(2), clip, key=key)
     all_of_them = Interrupted(7)
-    upscale(folder, all_of_them, key=b"others")
+    upscale(folder, all_of_them, key="clip, others")
     assert all_of_them.left == 0
-    for clip, key, count in (("clip.mkv", b"some", 7), ("other.mkv", b"others", 6)):
+    for clip, key, count in (("clip.mkv", "clip, some", 7), ("other.mkv", "other, others", 6)):
         rest = Interrupted(count - 2)
         upscale(folder, rest, clip, key=key)
         assert rest.left == 0
@@ -232,6 +232,21 @@ def test_reset_keeps_the_result_if_the_video_is_broken(line):
     with pytest.raises(InputError, match="not a video"):
         main([*line.split(), "--reset"])
     assert (RESULTS / "clip_x2_SR.mp4").exists()
+
+
+def test_an_interlaced_video_is_named_once(line, capsys):
+    frames = [np.full((24, 32, 3), 90, np.uint8)] * 2
+    write_clip("clip.mkv", frames, codec="mpeg4", pix_fmt="yuv420p", flags=1 << 18 | 1 << 29)
+    assert main(line.split()) == 0
+    assert capsys.readouterr().out.count("clip.mkv: is interlaced, and the result will show it; deinterlace it") == 1
+
+
+def test_a_name_too_long_for_a_result_is_refused_before_any_work(line):
+    name = f"{'n' * 250}.mkv"
+    Path("clip.mkv").rename(name)
+    with pytest.raises(InputError, match="the name of its result would be too long; rename it"):
+        main(line.replace("clip.mkv", name).split())
+    assert not Path("experiment").exists()
 
 
 @pytest.mark.parametrize(("name", "problem"), [("absent.mp4", "no such file"), (".", "is a folder; give a video")])
