@@ -149,7 +149,7 @@ def comparison(image: Panel, crop: tuple[int, int, int, int], panels: Sequence[P
         axes.set_xlabel(title, fontsize="large")
         if index == 0:
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor="red", linewidth=2))
-    return to_png(figure)
+    return to_png(figure, dpi=120)
 
 
 # ---- training curves -------------------------------------------------------------------------------------------------
