@@ -5,12 +5,13 @@ import importlib.util
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import distributed
 import visualize
@@ -19,33 +20,34 @@ from program import InputError
 from utility import logger
 
 Row = dict[str, float]  # the numbers of one epoch, by column of log.csv
+Panels = dict[str, dict[str, str]]  # {title of a panel: {name of a curve: its column}}
 
 # Of each figure the label of its axes, their limits and its curves: which columns, in which panel, under which name.
 CURVES = {
-    "loss.png": ("loss", None, [(r"loss", "", "total"), (r"loss_(.+)", "", r"\1 alone")]),
-    "psnr.png": (
+    "loss": ("loss", None, [(r"loss", "loss", "total, with λ · active share"), (r"loss_(.+)", "loss", r"\1")]),
+    "psnr": (
         "PSNR (dB)",
         None,
         [
-            (r"psnr_rgb_(.+?)(_ema)?", r"\1, RGB", r"weights\2"),
-            (r"psnr_y_(.+?)(_ema)?", r"\1, Y", r"weights\2"),
+            (r"psnr_rgb_(.+?)(_ema)?", r"PSNR, \1, RGB", r"weights\2"),
+            (r"psnr_y_(.+?)(_ema)?", r"PSNR, \1, Y", r"weights\2"),
         ],
     ),
-    "active_share.png": (
+    "active_share": (
         "active share",
         (0, 1),
         [
-            (r"active", "training, soft masks", "mean"),
-            (r"active_(\d+)", "training, soft masks", r"module \1"),
-            (r"active_share_(.+)", "validation, hard masks", r"\1"),
+            (r"active", "active share, training, soft masks", "mean"),
+            (r"active_(\d+)", "active share, training, soft masks", r"module \1"),
+            (r"active_share_(.+)", "active share, validation, hard masks", r"\1"),
         ],
     ),
-    "density.png": (
+    "density": (
         "mask density",
         (0, 1),
         [
-            (r"density_(\d+)", "training, soft masks", r"module \1"),
-            (r"density_(\d+)_(.+)(?<!_ema)", r"\2, hard masks", r"module \1"),
+            (r"density_(\d+)", "mask density, training, soft masks", r"module \1"),
+            (r"density_(\d+)_(.+)(?<!_ema)", r"mask density, \2, hard masks", r"module \1"),
         ],
     ),
 }
@@ -156,23 +158,65 @@ def mask_histogram(masks: Sequence[torch.Tensor]) -> Row:
 
 def write_history(folder: Path, history: Sequence[Row]) -> None:
     """Write log.csv, one row per epoch, and the curves of its columns to the folder of a run."""
-    columns = list(dict.fromkeys(key for row in history for key in row))
+    columns = _columns(history)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in history)
     write_whole(folder / "log.csv", text.getvalue().encode())
-    for file, (label, limits, curves) in CURVES.items():
-        panels = _find_curves(columns, curves)
-        if panels:
-            write_whole(folder / file, visualize.curves(history, panels, label, limits))
-    bins = [key for key in columns if key.startswith("mask_")]
-    if bins:
-        write_whole(folder / "masks.png", visualize.mask_curves(history, bins))
+    write_curves(folder, history)
 
 
-def _find_curves(columns: Iterable[str], curves: Iterable[tuple[str, str, str]]) -> dict[str, dict[str, str]]:
-    """{panel: {name of a curve: its column}} of the columns that match the (pattern, panel, name) of `curves`."""
+def read_history(folder: Path) -> list[Row]:
+    """Read log.csv of a run. Raises InputError if it is missing, or was not written by a training."""
+    path = folder / "log.csv"
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        history = [{key: float(value) for key, value in row.items() if value != ""} for row in rows]
+        is_complete = bool(history) and all(math.isfinite(row["epoch"]) for row in history)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; resume the training") from None
+    except (ValueError, TypeError, KeyError, csv.Error):
+        is_complete = False
+    if not is_complete:
+        raise InputError(f"{path}: is not the log of a training, or damaged; resume the training")
+    return history
+
+
+def write_curves(folder: Path, history: Sequence[Row]) -> None:
+    """Write the curves of a history to a folder, as <name>.png."""
+    for name, (label, limits, panels) in find_curves(history).items():
+        write_whole(folder / f"{name}.png", visualize.to_png(visualize.curves(history, panels, label, limits)))
+    if bins := _mask_bins(history):
+        write_whole(folder / "masks.png", visualize.to_png(visualize.mask_curves(history, bins)))
+
+
+def draw_panels(history: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
+    """(title, figure) of all curves of a history, with one figure per panel."""
+    for label, limits, panels in find_curves(history).values():
+        for title, columns in panels.items():
+            yield title, visualize.curves(history, {title: columns}, label, limits)
+    if bins := _mask_bins(history):
+        yield "mask values", visualize.mask_curves(history, bins)
+
+
+def find_curves(history: Sequence[Row]) -> dict[str, tuple[str, tuple[float, float] | None, Panels]]:
+    """{name: (label of the axes, their limits, panels)} of the entries of CURVES that a history has columns for."""
+    found = {name: (*axes, _find_panels(_columns(history), curves)) for name, (*axes, curves) in CURVES.items()}
+    return {name: curves for name, curves in found.items() if curves[-1]}
+
+
+def _columns(history):
+    return list(dict.fromkeys(key for row in history for key in row))
+
+
+def _mask_bins(history):
+    return [key for key in _columns(history) if key.startswith("mask_")]
+
+
+def _find_panels(columns: Iterable[str], curves: Iterable[tuple[str, str, str]]) -> Panels:
+    """The panels of the columns that match the (pattern, panel, name) of `curves`."""
     panels = {}
     for pattern, *templates in curves:
         for match in filter(None, (re.fullmatch(pattern, column) for column in columns)):

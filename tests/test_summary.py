@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 import summary
 from data import DataSettings, build_test_sets
 from program import InputError
-from summary import MaskMonitor, RunningMeans, TensorBoard, check_tensorboard, mask_histogram, write_history
+from summary import (
+    MaskMonitor,
+    RunningMeans,
+    TensorBoard,
+    check_tensorboard,
+    draw_panels,
+    find_curves,
+    mask_histogram,
+    read_history,
+    write_history,
+)
 
 # ---- running means ---------------------------------------------------------------------------------------------------
 
@@ -237,38 +247,48 @@ def test_history_is_written_as_a_table_and_as_curves(tmp_path):
     assert (tmp_path / "density.png").stat().st_size > 1000
 
 
-def test_each_figure_draws_its_columns_under_readable_names(tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(
-        "visualize.curves", lambda history, panels, label, limits: drawn.update({label: panels}) or b"picture"
-    )
+def test_each_figure_draws_its_columns_under_readable_names():
     columns = ["epoch", "loss", "loss_L1", "active", "active_1", "density_1", "density_2"]
     for name, kind in (("A_1", "rgb"), ("Set5", "y")):
         for suffix in ("", "_ema"):
             columns += [f"psnr_{kind}_{name}{suffix}", f"ssim_y_{name}{suffix}", f"active_share_{name}{suffix}"]
             columns += [f"density_1_{name}{suffix}", f"density_2_{name}{suffix}"]
-    write_history(tmp_path, [dict.fromkeys(columns, 0.5)])
-    assert drawn == {
-        "loss": {"": {"total": "loss", "L1 alone": "loss_L1"}},
-        "PSNR (dB)": {
-            "A_1, RGB": {"weights": "psnr_rgb_A_1", "weights, averaged": "psnr_rgb_A_1_ema"},
-            "Set5, Y": {"weights": "psnr_y_Set5", "weights, averaged": "psnr_y_Set5_ema"},
+    found = find_curves([dict.fromkeys(columns, 0.5)])
+    assert {name: panels for name, (_, _, panels) in found.items()} == {
+        "loss": {"loss": {"total, with λ · active share": "loss", "L1": "loss_L1"}},
+        "psnr": {
+            "PSNR, A_1, RGB": {"weights": "psnr_rgb_A_1", "weights, averaged": "psnr_rgb_A_1_ema"},
+            "PSNR, Set5, Y": {"weights": "psnr_y_Set5", "weights, averaged": "psnr_y_Set5_ema"},
         },
-        "active share": {
-            "training, soft masks": {"mean": "active", "module 1": "active_1"},
-            "validation, hard masks": {
+        "active_share": {
+            "active share, training, soft masks": {"mean": "active", "module 1": "active_1"},
+            "active share, validation, hard masks": {
                 "A_1": "active_share_A_1",
                 "A_1, averaged": "active_share_A_1_ema",
                 "Set5": "active_share_Set5",
                 "Set5, averaged": "active_share_Set5_ema",
             },
         },
-        "mask density": {
-            "training, soft masks": {"module 1": "density_1", "module 2": "density_2"},
-            "A_1, hard masks": {"module 1": "density_1_A_1", "module 2": "density_2_A_1"},
-            "Set5, hard masks": {"module 1": "density_1_Set5", "module 2": "density_2_Set5"},
+        "density": {
+            "mask density, training, soft masks": {"module 1": "density_1", "module 2": "density_2"},
+            "mask density, A_1, hard masks": {"module 1": "density_1_A_1", "module 2": "density_2_A_1"},
+            "mask density, Set5, hard masks": {"module 1": "density_1_Set5", "module 2": "density_2_Set5"},
         },
     }
+
+
+def test_a_history_is_read_as_it_was_written(tmp_path):
+    history = [{"epoch": 1, "loss": math.inf}, {"epoch": 2, "loss": 1.5, "psnr_y_Set5": 30.25}]
+    write_history(tmp_path, history)
+    assert read_history(tmp_path) == history
+    with pytest.raises(InputError, match=r"absent/log\.csv: No such file"):
+        read_history(tmp_path / "absent")
+
+
+def test_every_panel_is_drawn_for_itself():
+    history = [{"epoch": 1, "loss": 2.0, "psnr_y_A": 30.0, "psnr_y_B": 31.0} | mask_histogram([torch.rand(1, 1, 4, 4)])]
+    titles = [title for title, figure in draw_panels(history) if len(figure.get_axes()) <= 1]
+    assert titles == ["loss", "PSNR, A, Y", "PSNR, B, Y", "mask values"]
 
 
 # ---- TensorBoard -----------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ from program import InputError, report_batch
 from tools.baselines import Unmasked, UnmaskedAsWritten, with_density
 from tools.timing import peak_mib, say, timed
 from utility import PRECISIONS, pick_device, write_json
+from visualize import COLORS
 
 SAMPLE = Path(__file__).resolve().parent.parent / "testsets/benchmark/Sample"
 PLOT_FORMATS = (".png", ".svg", ".pdf")
@@ -248,17 +249,18 @@ def plot(path: Path, model: SMSR, x: torch.Tensor, repeats: int) -> None:
         shifted = with_density(model, x, density)
         calls = {mode: functools.partial(shifted.inference, x, mode) for mode in ("sparse", "auto")}
         times.append(timed({"unmasked": functools.partial(Unmasked(shifted), x), **calls}, x.device, repeats))
+    times = [{mode: time / len(x) for mode, time in row.items()} for row in times]
     unmasked = statistics.median(row["unmasked"] for row in times)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(unmasked, color="black", label="unmasked network")
-    for mode, style in (("sparse", "o-"), ("auto", "s--")):
+    for mode, style, color in (("sparse", "o-", COLORS[1]), ("auto", "s--", COLORS[2])):
         # Relative to the unmasked network at the same density, which cancels changes in the speed of the machine.
-        axes.plot(
-            densities, [row[mode] / row["unmasked"] * unmasked for row in times], style, label=f"--inference {mode}"
-        )
+        relative = [row[mode] / row["unmasked"] * unmasked for row in times]
+        label = f"--inference {mode}"
+        axes.plot(densities, relative, style, color=color, label=label, clip_on=False)
     height, width = x.shape[2:]
-    axes.set(xlabel="mask density", ylabel=f"ms for {len(x)} x {height}x{width}", xlim=(0, 1))
+    axes.set(xlabel="mask density", ylabel=f"time per image (ms), {width}x{height}", xlim=(0, 1))
     axes.set_ylim(bottom=0)
     axes.legend()
     axes.grid(alpha=0.3)

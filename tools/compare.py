@@ -62,14 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     lr = downscale(hr, scale)
     panels = []
     for method in args.methods:
-        sr, title = hr, "HR"
+        sr, title = hr, "HR\nPSNR / SSIM"
         if method != "hr":
             sr = upscale(lr, scale) if method == "bicubic" else networks[method].upscale(lr)
             metrics = compare(sr, hr, scale)
             title = f"{_label(method)}\n{metrics['psnr_y']:.2f} dB / {metrics['ssim_y']:.4f}"
             print(title.replace("\n", ": "))
         panels.append((sr[y : y + height, x : x + width], title))
-    write_whole(args.output, comparison(hr, args.crop, panels))
+    write_whole(args.output, comparison((hr, args.image.stem), args.crop, panels))
     print(f"written to {args.output}")
 
 

@@ -3,16 +3,15 @@
     python main.py --data_test Set5+Set14 ... --test_only --save_results --save_masks --save mine
     python tools/report.py experiment/mine
 
-The report has a table like the paper's with the published numbers next to ours, a table of all images, the training
-curves of runs that were trained and, for the hardest images, a slider between bicubic, SR and HR (needs --save_results)
-and the masks (needs --save_masks).
+The report compares the runs, and the published numbers, on every set. For the hardest images it shows a slider between
+bicubic, SR and HR (needs --save_results) and the masks (needs --save_masks). It has the curves of runs that were
+trained, a table of all images, and the commands of the tests. A click copies a table as Markdown or LaTeX.
 """
 
 import argparse
 import base64
-import functools
 import html
-import json
+import shlex
 import string
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,11 +29,14 @@ import schema
 from data import find_set
 from data.image import read_image
 from data.resize import upscale
-from evaluation import mask_densities
+from evaluation import compare, mask_densities
 from files import write_whole
 from loading import load_json
 from option import Parser, count, flag_value, positive_int
 from program import InputError, run_program
+from summary import EMPTY, Row, draw_panels, read_history
+from tools.tables import Table
+from visualize import describe_density, to_svg
 
 # Table 2 of the paper: multiply-adds (G) for an output of 1280x720, PSNR (dB) and SSIM on Y.
 PUBLISHED = {
@@ -90,6 +92,15 @@ class Result:
         return sorted(images, key=lambda row: _number(row["psnr_y"], -1.0))[:n]
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run that was tested, trained, or both."""
+
+    folder: Path
+    results: Sequence[Result]  # sorted by set and scale
+    history: Sequence[Row]  # one row per epoch
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="experiment/NAME", help="folders of runs")
@@ -101,13 +112,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    results, problems = [], []
-    for run in args.runs:
-        results += read_results(run, problems)
     folder = args.output or args.runs[0]
     check_reports(folder)
-    compared = comparisons(results, args.images, args.crop, problems)
-    sections = [*tables(results), *curves(args.runs), *compared, *settings(results)]
+    problems = []
+    runs = [read_run(run, problems) for run in args.runs]
+    results = [result for run in runs for result in run.results]
+    sections = [
+        *headline(results),
+        *comparisons(results, args.images, args.crop, problems),
+        *curves(runs),
+        *image_tables(results),
+        *commands(results),
+    ]
     title = ", ".join(run.name for run in args.runs)
     template = string.Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     body = "\n".join([f"<h1>Results: {html.escape(title)}</h1>", *(section.html for section in sections)])
@@ -159,25 +175,30 @@ OPTIONS = {
 }
 
 
-def read_results(run: Path, problems: list[str]) -> list[Result]:
-    """The results of a run, sorted by set and scale. Those that are damaged are left out and added to `problems`.
+def read_run(folder: Path, problems: list[str]) -> Run:
+    """The results and the training of a run. What is damaged is left out and added to `problems`.
 
-    Raises InputError if there are none.
+    Raises InputError if nothing is left.
     """
-    if not run.is_dir():
-        raise InputError(f"{run}: no such folder; pass the folder of a run, e.g. experiment/NAME")
-    results, damaged = [], []
-    for path in sorted(run.glob("results-*/metrics.json")):
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; pass the folder of a run, e.g. experiment/NAME")
+    results, history, damaged = [], [], []
+    for path in sorted(folder.glob("results-*/metrics.json")):
         try:
             metrics, options = _read(path, METRICS), _read(path.with_name("options.json"), OPTIONS)
-            results.append(Result(run, path.parent, metrics, options))
+            results.append(Result(folder, path.parent, metrics, options))
         except InputError as error:
             damaged.append(str(error))
-    if not results:
-        found = f"no results that can be read ({damaged[0]})" if damaged else "no results"
-        raise InputError(f"{run}: contains {found}; create them with main.py --test_only --save {run.name}")
+    if (folder / "log.csv").exists():
+        try:
+            history = read_history(folder)
+        except InputError as error:
+            damaged.append(str(error))
+    if not results and not history:
+        found = f"nothing that can be read ({damaged[0]})" if damaged else "neither results nor a training"
+        raise InputError(f"{folder}: contains {found}; create results with main.py --test_only --save {folder.name}")
     problems += damaged
-    return results
+    return Run(folder, results, history)
 
 
 def _read(path, entries):
@@ -201,93 +222,106 @@ def heading(title: str) -> Section:
     return Section(f"<h2>{html.escape(title)}</h2>", f"## {title}")
 
 
-def table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    classes: Sequence[str] | None = None,
-    kind: str = "",
-    footer: Sequence[str] = (),
-) -> Section:
-    """A table.
-
-    Args:
-        columns: headings
-        rows: one string per column
-        classes: CSS class of each row
-        kind: CSS class of the table: "sortable" or "options"
-        footer: a last row that stays in place when the table is sorted; empty: none
-    """
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join(_row(row, name) for row, name in zip(rows, classes or [""] * len(rows), strict=True))
-    foot = _row(footer) if footer else ""
-    lines = [columns, ["---"] * len(columns), *rows, *([footer] if footer else [])]
-    return Section(
-        f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
-        f"<tfoot>{foot}</tfoot></table></div>",
-        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines),
+def table(table: Table, kind: str = "") -> Section:
+    """A table with buttons that copy it. kind: CSS class"""
+    copies = "".join(
+        f'<button type="button" data-copy="{html.escape(text)}">{name}</button>'
+        for name, text in (("Markdown", table.markdown()), ("LaTeX", table.latex()))
     )
-
-
-def _row(cells: Sequence[str], name: str = "") -> str:
-    return f'<tr class="{name}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    return Section(
+        f'<figure class="table {kind}"><div class="wide">{table.html()}</div>'
+        f'<figcaption class="copy">Copy as {copies}</figcaption></figure>',
+        table.markdown(),
+    )
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
+HEADLINE = (
+    "set",
+    "method",
+    "PSNR (dB)",
+    "SSIM",
+    "active share",
+    "multiply-adds (G)",
+    "of unmasked",
+    "parameters",
+    "s per image",
+)
+HIGHER_IS_BETTER = {2: True, 3: True, 5: False}  # by column of HEADLINE
 
-def tables(results: Sequence[Result]) -> Iterator[Section]:
-    """One table of all sets per scale, with the published numbers, then one table of all images per result."""
+
+def headline(results: Sequence[Result]) -> Iterator[Section]:
+    """One table per scale: on each set the published numbers and a row per run, the best numbers in bold."""
     for scale in sorted({result.metrics["scale"] for result in results}):
+        at_scale = [result for result in results if result.metrics["scale"] == scale]
+        rows, best = [], set()
+        for name in dict.fromkeys(result.metrics["dataset"] for result in at_scale):
+            group = [_published_row(scale, name)] if name in PUBLISHED.get(scale, {}) else []
+            group += [_run_row(result) for result in at_scale if result.metrics["dataset"] == name]
+            best |= {(len(rows) + row, column) for row, column in _best(group)}
+            rows += [[name if row == 0 else "", *cells] for row, cells in enumerate(group)]
         yield heading(f"x{scale}")
-        yield _scale_table(scale, [result for result in results if result.metrics["scale"] == scale])
+        yield table(Table(HEADLINE, rows, n_names=2, best=frozenset(best)), kind="headline")
+        note = "PSNR and SSIM on the Y channel; multiply-adds for an output of 1280x720, and as a share of the same "
+        yield Section(f'<p class="note">{note}network without masks. The best number of each set is bold.</p>')
+
+
+def _published_row(scale: int, name: str) -> list[str]:
+    paper = PUBLISHED[scale]
+    psnr, ssim = paper[name]
+    share = f"{paper['gmacs'] / paper['gmacs_dense']:.0%}"
+    return ["SMSR (paper)", f"{psnr:.2f}", f"{ssim:.4f}", "-", f"{paper['gmacs']}", share, _thousands(paper), "-"]
+
+
+def _run_row(result: Result) -> list[str]:
+    metrics = result.metrics
+    gmacs = metrics["gmacs_at_1280x720"]
+    return [
+        f"{result.run.name} ({metrics['model']})",
+        _format(metrics["psnr_y"], ".2f"),
+        _format(metrics["ssim_y"], ".4f"),
+        f"{metrics['active_share']:.3f}",
+        f"{gmacs:.1f}",
+        f"{gmacs / metrics['gmacs_dense_at_1280x720']:.0%}",
+        _thousands(metrics),
+        f"{metrics['seconds_per_image']:.3f}",
+    ]
+
+
+def _thousands(counts: dict[str, Any]) -> str:
+    return f"{counts['parameters'] / 1e3:.0f}K"
+
+
+def _best(rows: Sequence[Sequence[str]]) -> Iterator[tuple[int, int]]:
+    """(row, column of HEADLINE) of the best numbers of a set, as they are printed; none if there is nothing to beat."""
+    for column, is_higher_better in HIGHER_IS_BETTER.items():
+        numbers = {row: float(cells[column - 1]) for row, cells in enumerate(rows) if cells[column - 1] != "-"}
+        if len(numbers) > 1:
+            best = (max if is_higher_better else min)(numbers.values())
+            yield from ((row, column) for row, number in numbers.items() if number == best)
+
+
+def image_tables(results: Sequence[Result]) -> Iterator[Section]:
+    """The numbers of all images, and which modules have an empty mask on all of them."""
     for result in results:
         yield heading(f"{result.title}, per image")
-        yield _image_table(result)
+        yield table(_image_table(result), kind="sortable")
+        empty = np.flatnonzero((mask_densities(result.metrics) < EMPTY).all(0)) + 1
+        if empty.size:
+            modules = f"{'Module' if empty.size == 1 else 'Modules'} {', '.join(map(str, empty))}"
+            note = f"{modules}: the mask is empty on every image, so only the dense channels are computed."
+            yield Section(f'<p class="note">{note}</p>', note)
 
 
-def _scale_table(scale: int, results: Sequence[Result]) -> Section:
-    """The results at one scale, one row per run."""
-    sets = list(dict.fromkeys(result.metrics["dataset"] for result in results))
-    columns = ["method", "parameters", "multiply-adds at 1280x720", "of unmasked", "active share", "s / image"]
-    rows, classes = [], []
-    if scale in PUBLISHED:
-        rows.append(_published_row(scale, sets))
-        classes.append("published")
-    for run in dict.fromkeys(result.run for result in results):
-        rows.append(_run_row([result for result in results if result.run == run], sets))
-        classes.append("")
-    return table([*columns, *sets], rows, classes)
-
-
-def _published_row(scale: int, sets: Iterable[str]) -> list[str]:
-    paper = PUBLISHED[scale]
-    costs = [f"{paper['parameters'] / 1e3:.0f}K", f"{paper['gmacs']} G"]
-    costs += [f"{paper['gmacs'] / paper['gmacs_dense']:.0%}", "", ""]
-    return ["SMSR (paper)", *costs, *(_quality(*paper.get(name, (None, None))) for name in sets)]
-
-
-def _run_row(results: Sequence[Result], sets: Iterable[str]) -> list[str]:
-    """The row of one run: its costs are means over the sets that it was tested on."""
-    metrics_of = {result.metrics["dataset"]: result.metrics for result in results}
-    keys = ("gmacs_at_1280x720", "gmacs_dense_at_1280x720", "active_share", "seconds_per_image")
-    means = [float(np.mean([float(metrics[key]) for metrics in metrics_of.values()])) for key in keys]
-    gmacs, gmacs_dense, active_share, seconds = means
-    first = results[0].metrics
-    costs = [f"{first['parameters'] / 1e3:.0f}K", f"{gmacs:.1f} G", f"{gmacs / gmacs_dense:.0%}"]
-    costs += [f"{active_share:.3f}", f"{seconds:.3f}"]
-    quality = [metrics_of.get(name, {}) for name in sets]
-    quality = [_quality(metrics.get("psnr_y"), metrics.get("ssim_y")) for metrics in quality]
-    return [f"{results[0].run.name} ({first['model']})", *costs, *quality]
-
-
-def _image_table(result: Result) -> Section:
+def _image_table(result: Result) -> Table:
     metrics, images = result.metrics, result.metrics["images"]
     densities = mask_densities(metrics).mean(0)
-    columns = ["image", "LR size", "PSNR", "SSIM", "active share", "s"]
-    columns += [f"density {k + 1}" for k in range(len(densities))]
-    rows = [_image_row(image["name"], "{}x{}".format(*image["lr_shape"]), image) for image in images]
+    columns = ["image", "LR size", "PSNR (dB)", "SSIM", "active share", "time (s)"]
+    columns += [f"density of mask {k + 1}" for k in range(len(densities))]
+    rows = [_image_row(image["name"], "{1}x{0}".format(*image["lr_shape"]), image) for image in images]
     means = metrics | {"seconds": metrics["seconds_per_image"], "mask_density": densities}
-    return table(columns, rows, kind="sortable", footer=_image_row("mean", "", means))
+    return Table(columns, rows, footer=_image_row("mean", "", means))
 
 
 def _image_row(name: str, size: str, values: dict[str, Any]) -> list[str]:
@@ -301,25 +335,22 @@ def _number(value: float | str | None, default: float) -> float:
 
 
 def _format(value: float | str | None, spec: str) -> str:
-    return "" if value is None else format(float(value), spec)
-
-
-def _quality(psnr: float | str | None, ssim: float | str | None) -> str:
-    return " / ".join(text for text in (_format(psnr, ".2f"), _format(ssim, ".4f")) if text)
+    return "-" if value is None else format(float(value), spec)
 
 
 # ---- images, in HTML only --------------------------------------------------------------------------------------------
 
 
-def curves(runs: Iterable[Path]) -> Iterator[Section]:
-    """The training curves of the runs that have any."""
+def curves(runs: Iterable[Run]) -> Iterator[Section]:
+    """The training curves of the runs that were trained."""
     for run in runs:
-        files = [run / name for name in ("psnr.png", "active_share.png", "density.png", "loss.png", "masks.png")]
-        files = [path for path in files if path.is_file()]
-        if files:
-            figures = "".join(_figure(f"data:image/png;base64,{_base64(path.read_bytes())}", "") for path in files)
-            title = html.escape(f"{run.name}: training")
-            yield Section(f'<h2>{title}</h2><div class="pictures curves">{figures}</div>')
+        figures = [
+            f'<figure><img src="{_data_url("svg+xml", to_svg(figure))}" alt="{html.escape(title)}"></figure>'
+            for title, figure in draw_panels(run.history)
+        ]
+        if figures:
+            title = html.escape(f"{run.folder.name}: training")
+            yield Section(f'<h2>{title}</h2><div class="pictures">{"".join(figures)}</div>')
 
 
 def comparisons(results: Iterable[Result], n_images: int, size: int, problems: list[str]) -> Iterator[Section]:
@@ -327,67 +358,131 @@ def comparisons(results: Iterable[Result], n_images: int, size: int, problems: l
 
     Args:
         n_images: images to show per result
-        size: side of the part in the slider, in HR pixels
+        size: side of the part that is shown, in HR pixels
     """
     for index, result in enumerate(results):
-        figures = []
+        figures, missing = [], set()
         for rank, row in enumerate(result.hardest(n_images)):
-            for figure in (functools.partial(_slider, size=size, key=f"i{index}-{rank}"), _masks):
-                try:
-                    figures.append(figure(result, row))
-                except InputError as error:
-                    problems.append(str(error))
-        if any(figures):
-            title = html.escape(f"{result.title}: the hardest images")
-            yield Section("\n".join([f"<h2>{title}</h2>", *filter(None, figures)]))
+            try:
+                figures.append(_figures(result, row, size, key=f"i{index}-{rank}", missing=missing))
+            except InputError as error:
+                problems.append(str(error))
+        body = [f'<div class="pictures">{"".join(figures)}</div>'] if any(figures) else []
+        body += [f'<p class="note">{html.escape(note)}</p>' for note in sorted(missing)]
+        if body:
+            yield Section("\n".join([f"<h2>{html.escape(result.title)}, the hardest images</h2>", *body]))
 
 
-def _slider(result: Result, row: dict[str, Any], size: int, key: str) -> str:
-    """A slider between the methods, of the part of an image with the largest error; "" if an image is missing.
+# The colors are those of visualize.density_map.
+MASK_KEY = (
+    '<div class="key"><p>Where a mask is dark and gray, its module computes only the dense channels. The mean counts '
+    'the modules that compute a pixel in full:</p><p class="scale"><span>none</span><span class="bar"></span>'
+    "<span>all</span></p></div>"
+)
 
-    key: prefix of the ids of its elements
+
+def _figures(result: Result, row: dict[str, Any], size: int, key: str, missing: set[str]) -> str:
+    """The slider and the masks of the part of an image that has the largest error; reasons for gaps go to `missing`.
+
+    key: prefix of the ids of the elements
     """
-    images = _read_images(result, row["name"])
+    images = _read_images(result, row["name"], missing)
     if not images:
         return ""
-    top, left = _worst_region(images["SR"], images.get("HR", images["bicubic"]), size)
-    parts = {method: image[top : top + size, left : left + size] for method, image in images.items()}
-    hidden = "".join(f'<img id="{key}-{m}" src="{_data_url(part)}" alt="" hidden>' for m, part in parts.items())
-    ids = html.escape(json.dumps({method: f"{key}-{method}" for method in parts}))
+    scale = result.metrics["scale"]
+    size = max(size // scale, 1)
+    top, left = (
+        offset // scale for offset in _worst_region(images["SR"], images.get("HR", images["bicubic"]), size * scale)
+    )
 
-    def select(chosen):
-        options = "".join(f"<option{' selected' * (method == chosen)}>{method}</option>" for method in parts)
-        return f'<select aria-label="image">{options}</select>'
+    def part(image, scale):
+        rows, columns = (slice(start * scale, (start + size) * scale) for start in (top, left))
+        return _png_url(image[rows, columns])
 
-    caption = html.escape(f"{row['name']} {_quality(row['psnr_y'], row['ssim_y'])}")
+    layers = {name: part(image, scale) for name, image in images.items()}
+    masks = {name: part(image, 1) for name, image in _read_masks(result, row, missing).items()}
+    height, width = (min(size, side // scale) for side in images["SR"].shape[:2])
+    slider = _slider(_caption(row, images, scale), [*layers, *masks], key, aspect=f"{width} / {height}")
+    hidden = "".join(_layer(key, name, url, "hidden") for name, url in layers.items())
+    figures = "".join(
+        f"<figure>{_layer(key, name, url)}<figcaption>{name}</figcaption></figure>" for name, url in masks.items()
+    )
+    return f"{slider}{hidden}" + (f'<div class="masks">{figures}{MASK_KEY}</div>' if masks else "")
+
+
+def _layer(key: str, name: str, url: str, attribute: str = "") -> str:
+    return f'<img id="{key}-{name.partition(":")[0]}" src="{url}" alt="{name}" {attribute}>'
+
+
+def _caption(row: dict[str, Any], images: dict[str, np.ndarray], scale: int) -> str:
+    """The name of an image with its quality, and that of bicubic upscaling."""
+    parts = [f"<b>{html.escape(row['name'])}</b>"]
+    if "HR" in images:
+        bicubic = compare(images["bicubic"], images["HR"], scale)
+        parts += [f"{name} {_quality(values)}" for name, values in (("bicubic", bicubic), ("SR", row))]
+    return " · ".join(parts)
+
+
+def _slider(caption: str, names: Sequence[str], key: str, aspect: str) -> str:
+    """A slider between two of the layers `names`, which are elements with ids <key>-<name>."""
+
+    def select(chosen, side):
+        options = "".join(
+            f'<option value="{key}-{name.partition(":")[0]}"{" selected" * (name == chosen)}>{name}</option>'
+            for name in names
+        )
+        return f"<label>{side} <select>{options}</select></label>"
+
     return (
-        f"<figure>{hidden}<figcaption>{caption}: {select('bicubic')} left, {select('SR')} right</figcaption>"
-        f"<div class=\"slider\" data-images='{ids}'>"
-        '<img alt="left"><img class="right" alt="right">'
-        f'<input type="range" min="0" max="100" value="50" aria-label="position"></div></figure>'
+        f'<figure class="slider"><figcaption>{caption}</figcaption><div class="stage" style="aspect-ratio: {aspect}">'
+        '<img alt="left"><img class="right" alt="right"><span class="tag"></span><span class="tag right"></span>'
+        '<input type="range" min="0" max="100" step="0.5" value="50" aria-label="position of the divider">'
+        f'<div class="divider"></div></div><div class="sides">{select("bicubic", "left")}{select("SR", "right")}</div>'
+        "</figure>"
     )
 
 
-def _read_images(result: Result, name: str) -> dict[str, np.ndarray]:
+def _quality(values: dict[str, Any]) -> str:
+    return f"{_format(values['psnr_y'], '.2f')} dB / {_format(values['ssim_y'], '.4f')}"
+
+
+def _read_images(result: Result, name: str, missing: set[str]) -> dict[str, np.ndarray]:
     """{method: uint8 array (sH, sW, 3)} with bicubic, SR and, if it exists, HR; {} if SR or LR is missing.
 
     Raises InputError if an image cannot be read or has another size.
     """
     scale, options = result.metrics["scale"], result.options["options"]
     sr_path = result.folder / f"{name}_x{scale}_SR.png"
+    if not sr_path.is_file():
+        missing.add("SR images were not saved; repeat the test with --save_results to see them here.")
+        return {}
     try:
-        found = find_set(result.metrics["dataset"], options["dir_data"], scale, options["dir_demo"])
-    except InputError:
+        hr_path, lr_path = find_set(result.metrics["dataset"], options["dir_data"], scale, options["dir_demo"]).pairs[
+            name
+        ]
+    except (InputError, KeyError):
+        missing.add("The images of the set were not found where the test read them, so there are no pictures.")
         return {}
-    if name not in found.pairs or not sr_path.is_file():
-        return {}
-    hr_path, lr_path = found.pairs[name]
     lr, sr = read_image(lr_path), read_image(sr_path)
     height, width = (scale * side for side in lr.shape[:2])
     hr = read_image(hr_path)[:height, :width] if hr_path else sr
     if not sr.shape == hr.shape == (height, width, 3):
         raise InputError(f"{sr_path}: not the size of {lr_path} times {scale}; repeat the test")
     return {"bicubic": upscale(lr, scale), "SR": sr} | ({"HR": hr} if hr_path else {})
+
+
+def _read_masks(result: Result, row: dict[str, Any], missing: set[str]) -> dict[str, np.ndarray]:
+    """{name: uint8 array (H, W, 3)} of the image under each mask, and of the mean of the masks, if they were saved."""
+    stem = result.folder / f"{row['name']}_x{result.metrics['scale']}"
+    paths = {
+        f"mask {k + 1}: {describe_density(density)}": f"mask{k + 1}" for k, density in enumerate(row["mask_density"])
+    }
+    paths = {name: Path(f"{stem}_{part}.png") for name, part in (paths | {"mean of the masks": "density"}).items()}
+    if not row["mask_density"] or not all(path.is_file() for path in paths.values()):
+        if row["mask_density"]:
+            missing.add("Masks were not saved; repeat the test with --save_masks to see them here.")
+        return {}
+    return {name: read_image(path) for name, path in paths.items()}
 
 
 def _worst_region(sr: np.ndarray, reference: np.ndarray, size: int) -> tuple[int, int]:
@@ -400,41 +495,40 @@ def _worst_region(sr: np.ndarray, reference: np.ndarray, size: int) -> tuple[int
     return int(top), int(left)
 
 
-def _masks(result: Result, row: dict[str, Any]) -> str:
-    """The masks of an image; "" if they were not saved."""
-    name = f"{row['name']}_x{result.metrics['scale']}"
-    figures = []
-    for k, density in enumerate(row["mask_density"]):
-        path = result.folder / f"{name}_mask{k + 1}.png"
-        if path.is_file():
-            figures.append(_figure(_data_url(read_image(path)), f"SMM {k + 1}: density {density:.2f}"))
-    return f'<div class="pictures masks">{"".join(figures)}</div>' if figures else ""
+def _png_url(image: np.ndarray) -> str:
+    return _data_url("png", iio.imwrite("<bytes>", image, extension=".png"))
 
 
-def _figure(source: str, caption: str) -> str:
-    return f'<figure><img src="{source}" alt=""><figcaption>{html.escape(caption)}</figcaption></figure>'
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _data_url(image: np.ndarray) -> str:
-    return f"data:image/png;base64,{_base64(iio.imwrite('<bytes>', image, extension='.png'))}"
+# ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-# ---- options ---------------------------------------------------------------------------------------------------------
-
-
-def settings(results: Iterable[Result]) -> Iterator[Section]:
-    """The options that differ from the defaults, and the versions, of each test."""
-    yield heading("Options and versions")
-    rows = []
+def commands(results: Iterable[Result]) -> Iterator[Section]:
+    """The command of each test, and the versions that it ran with."""
+    tests = {}
     for result in results:
         changed, versions = result.options["changed"], result.options["versions"]
-        flags = " ".join(f"--{key} {flag_value(key, value)}" for key, value in changed.items())
-        rows.append([result.title, flags, ", ".join(f"{key} {value}" for key, value in versions.items())])
-    yield table(["test", "options", "versions"], rows, kind="options")
+        flags = " ".join(_flag(key, value) for key, value in changed.items())
+        facts = ", ".join(f"{key} {value}" for key, value in versions.items())
+        tests.setdefault((result.run, flags, facts), []).append(result.metrics["dataset"])
+    if tests:
+        yield heading("Commands and versions")
+    for (run, flags, facts), names in tests.items():
+        title, command = f"{run.name}: {', '.join(names)}", f"python main.py {flags}"
+        words = "".join(f"<span>{html.escape(word)} </span>" for word in command.replace(" --", "\n--").split("\n"))
+        copy = f'<button type="button" data-copy="{html.escape(command)}">Copy</button>'
+        yield Section(
+            f'<h3>{html.escape(title)}</h3><pre>{words}</pre><p class="note copy">{copy} {html.escape(facts)}</p>',
+            f"**{title}** ({facts})\n\n    {command}",
+        )
+
+
+def _flag(key: str, value: Any) -> str:
+    value = flag_value(key, value)
+    return f"--{key} {shlex.quote(value)}" if value else f"--{key}"
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
     npm install --prefix tools/web
     python tools/serve_web.py --model smsr_x2.onnx
 
-Then open http://localhost:8000. Browsers run WebAssembly in several threads only on pages that are isolated from other
-sites, which takes the two headers below. If you host the page on another server, it must send them too.
+Then open http://localhost:8000. If the network was exported with --masks, the page also shows where it computes.
+
+Browsers run WebAssembly in several threads only on pages that are isolated from other sites, which takes the two
+headers below. If you host the page on another server, it must send them too.
 """
 
 import argparse
@@ -20,10 +22,11 @@ from option import Parser, port
 from program import InputError, run_program
 
 FOLDER = Path(__file__).resolve().parent / "web"
+SAMPLE = FOLDER.parents[1] / "testsets/benchmark/Sample/LR_bicubic/X2/chelsea.png"
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves the files in FOLDER, and the network as model.onnx."""
+    """Serves the files in FOLDER, the network as model.onnx, and a small photograph as sample.png."""
 
     extensions_map = http.server.SimpleHTTPRequestHandler.extensions_map | {
         ".mjs": "text/javascript",
@@ -36,7 +39,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         super().__init__(*args, directory=str(FOLDER))
 
     def translate_path(self, path: str) -> str:
-        return str(self.model) if path == "/model.onnx" else super().translate_path(path)
+        files = {"/model.onnx": self.model, "/sample.png": SAMPLE}
+        return str(files[path]) if path in files else super().translate_path(path)
 
     def end_headers(self) -> None:
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
