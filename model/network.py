@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from model.common import check_images, mean_color
+from model.hub import read_hub_folder
 from picture import from_pillow, to_pillow
 from utility import InputError
 
@@ -116,6 +118,14 @@ class Network(nn.Module):
         self.scale, self.n_feats, self.n_colors = scale, n_feats, n_colors
         self.register_buffer("rgb_range", torch.tensor(float(rgb_range)))
         self.register_buffer("mean", mean_color(n_colors, rgb_range), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "Network":
+        """The network in a folder that tools/export_hub.py or huggingface_hub wrote, or in a repository "owner/name".
+
+        It is in eval mode on the CPU. Raises InputError, see hub.read_hub_folder.
+        """
+        return read_hub_folder(cls, source)
 
     @property
     def device(self) -> torch.device:
