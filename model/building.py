@@ -58,6 +58,15 @@ def fits(network: type[nn.Module], state_dict: StateDict) -> bool:
     return True
 
 
+def matches(network: type[nn.Module], state_dict: StateDict) -> bool:
+    """Whether weights have exactly the keys and shapes that this network needs."""
+    try:
+        state_dict, _, skeleton = _read_as(network, state_dict)
+    except NOT_THIS_NETWORK:
+        return False
+    return not any(_weights_of(skeleton)(state_dict, ""))
+
+
 def _identify(network, state_dict, origin, others):
     """Translated weights, the sizes and settings they record, and their network without data. Raises InputError."""
     try:
@@ -114,5 +123,11 @@ def load_weights(model: nn.Module, state_dict: StateDict, origin: str | Path = "
 
 
 def _check_fit(model, state_dict, origin, finite=False):
-    wanted = schema.tensors_like(model.state_dict(), may_lack=model.settings, finite=finite)
-    schema.check(state_dict, wanted, f"{origin}: does not fit {type(model).__name__}", "choose another file")
+    schema.check(
+        state_dict, _weights_of(model, finite), f"{origin}: does not fit {type(model).__name__}", "choose another file"
+    )
+
+
+def _weights_of(model, finite=False):
+    """The schema of the weights that a network needs."""
+    return schema.tensors_like(model.state_dict(), may_lack=model.settings, finite=finite)
