@@ -4,7 +4,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +15,7 @@ import distributed
 from data.srdata import WholeImages
 from metrics import luma, psnr, shave, ssim
 from model.network import Cost, Network, Predict, to_numpy
+from perceptual import Measure
 from utility import InputError, is_out_of_memory, logger, synchronize
 
 MAX_WAITING = 32  # images whose quality is computed, or waits for it
@@ -29,6 +30,7 @@ def evaluate(
     predict: Predict | None = None,
     save: Save | None = None,
     warm_up: bool = True,
+    measures: Mapping[str, Measure] | None = None,
 ) -> Metrics:
     """Run a network over a set and return the content of metrics.json; PSNR and SSIM are nan without HR images.
 
@@ -40,6 +42,7 @@ def evaluate(
         save: called with (name, LR, SR, masks) of each image: uint8 or uint16 (H, W, C), and bool (K, H, W) without
             padding
         warm_up: run the first image once before measuring times
+        measures: more metrics, of RGB images with `scale` border pixels shaved; see perceptual.build_measures
 
     Raises InputError if an image does not fit in memory.
     """
@@ -57,6 +60,8 @@ def evaluate(
             quality = submit(compare, sr, hr, images.scale, rgb=not images.benchmark)
             row = {"name": name, "lr_shape": list(lr.shape[:2]), "seconds": seconds}
             row |= {"mask_density": cost.mask_density, "active_share": cost.active_share}
+            if measures:
+                row["perceptual"] = _measure(measures, sr, hr, images.scale)
             measured.append((row, quality, cost.without_masks()))
     measured = [(row | quality.result(), cost) for row, quality, cost in measured]
     shares = distributed.gather(measured)  # image by image, in the order in which they were distributed
@@ -113,13 +118,23 @@ def _run(model, name, lr, predict, warm_up):
         ) from None
 
 
+def _measure(measures, sr, hr, scale):
+    """{name: value} of all measures."""
+    sr, hr = shave(sr, scale), None if hr is None else shave(hr, scale)
+    return {name: measure(sr, hr) for name, measure in measures.items()}
+
+
 def _summarize(rows: Sequence[dict], costs: Sequence[Cost], scale: int) -> Metrics:
     """The means over a set, and the rows of its images. An image met exactly, with infinite PSNR, spoils no mean."""
 
     def mean(values):
         return sum(values) / len(rows)
 
-    return {key: _mean_of_finite([row[key] for row in rows]) for key in _quality(rows[0])} | {
+    means = {key: _mean_of_finite([row[key] for row in rows]) for key in _quality(rows[0])}
+    if "perceptual" in rows[0]:
+        names = rows[0]["perceptual"]
+        means["perceptual"] = {name: _mean_of_finite([row["perceptual"][name] for row in rows]) for name in names}
+    return means | {
         "n_images": len(rows),
         "seconds_per_image": mean(row["seconds"] for row in rows),
         "gmacs": mean(cost.macs for cost in costs) / 1e9,
@@ -191,14 +206,16 @@ def headline(metrics: Metrics) -> tuple[str, float]:
 
 def table(metrics: Metrics) -> list[str]:
     """The lines of a table: every image and the mean, with PSNR and SSIM where there are HR images."""
-    columns = {"active_share": ("active", ".3f"), "seconds": ("seconds", ".3f")}
+    quality, costs = {}, {"active_share": ("active", ".3f"), "seconds": ("seconds", ".3f")}
     psnr_name, psnr_mean = headline(metrics)
     if not math.isnan(psnr_mean):
-        columns = {psnr_name: (psnr_name, ".2f"), "ssim_y": ("ssim_y", ".4f")} | columns
+        quality = {psnr_name: (psnr_name, ".2f"), "ssim_y": ("ssim_y", ".4f")}
+    columns = quality | {name: (name, ".4f") for name in metrics.get("perceptual", {})} | costs
     rows = [*metrics["images"], metrics | {"name": "mean", "seconds": metrics["seconds_per_image"]}]
     width = max(len(metrics["dataset"]), *(len(row["name"]) for row in rows))
     lines = [f"{metrics['dataset']:{width}}" + "".join(f"  {title:>8}" for title, _ in columns.values())]
-    for row in rows:
-        numbers = "".join(f"  {format(row[key], form):>8}" for key, (_, form) in columns.items())
+    for row in (row | row.get("perceptual", {}) for row in rows):
+        cells = ((title, format(row[key], form)) for key, (title, form) in columns.items())
+        numbers = "".join(f"  {text:>{max(8, len(title))}}" for title, text in cells)
         lines.append(f"{row['name']:{width}}{numbers}")
     return lines

@@ -28,6 +28,7 @@ from loss.adversarial import AdversarialSettings
 from model import StateDict, build_model, read_weights
 from model.inference import build_predictor
 from model.network import Network, Predict
+from perceptual import Measure, build_measures
 from picture import to_8_bits
 from recovery import resume_hint
 from summary import TensorBoard, check_tensorboard
@@ -176,8 +177,9 @@ def test(args: argparse.Namespace, device: torch.device) -> int:
     )
     if args.data_test == ["video"]:
         return test_video(args, experiment, model, predict)
+    measures = build_measures([option.split_metric(text) for text in args.metrics or ()], device)
     for images in build_test_sets(args.data_test, option.settings(DataSettings, args)):
-        test_set(args, experiment, model, images=images, predict=predict)
+        test_set(args, experiment, model, images=images, predict=predict, measures=measures)
     return 0
 
 
@@ -198,7 +200,12 @@ def find_weights(args: argparse.Namespace, experiment: Experiment) -> str | Path
 
 
 def test_set(
-    args: argparse.Namespace, experiment: Experiment, model: Network, images: WholeImages, predict: Predict
+    args: argparse.Namespace,
+    experiment: Experiment,
+    model: Network,
+    images: WholeImages,
+    predict: Predict,
+    measures: dict[str, Measure],
 ) -> None:
     """Test on one set and write its results."""
     with distributed.main_process_first():
@@ -214,7 +221,7 @@ def test_set(
         if args.save_masks:
             save_masks(folder, stem, lr=to_8_bits(lr), sr=to_8_bits(sr), masks=masks)
 
-    metrics = evaluate(model, images, predict, save)
+    metrics = evaluate(model, images, predict, save, measures=measures)
     if not distributed.is_main_process():
         return
     write_json(folder / "metrics.json", metrics)

@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # What main.py writes. A number that JSON cannot hold is null or "inf".
 QUALITY = schema.optional(schema.any_of(schema.number(), schema.exactly("inf"), schema.exactly("-inf")))
+PERCEPTUAL = {"perceptual": schema.mapping(rest=QUALITY)}  # with --metrics
 ROW = {
     "name": schema.text,
     "lr_shape": schema.sequence(schema.integer(1), schema.integer(1)),
@@ -140,7 +141,7 @@ METRICS = {
     "gmacs_at_1280x720": schema.number(0),
     "gmacs_dense_at_1280x720": schema.number(1e-9),
     "active_share": schema.number(0),
-    "images": schema.list_of(schema.mapping(ROW, rest=schema.anything), 1),
+    "images": schema.list_of(schema.mapping(ROW, PERCEPTUAL, rest=schema.anything), 1),
 }
 OPTIONS = {
     "changed": schema.mapping(rest=schema.anything),
@@ -172,7 +173,7 @@ def read_results(run: Path, problems: list[str]) -> list[Result]:
 
 def _read(path, entries):
     content = load_json(path, "repeat the test")
-    schema.check(content, schema.mapping(entries, rest=schema.anything), path, "repeat the test")
+    schema.check(content, schema.mapping(entries, PERCEPTUAL, rest=schema.anything), path, "repeat the test")
     return content
 
 
@@ -265,24 +266,32 @@ def _run_row(results: Sequence[Result], sets: Iterable[str]) -> list[str]:
     first = results[0].metrics
     costs = [f"{first['parameters'] / 1e3:.0f}K", f"{gmacs:.1f} G", f"{gmacs / gmacs_dense:.0%}"]
     costs += [f"{active_share:.3f}", f"{seconds:.3f}"]
-    quality = [metrics_of.get(name, {}) for name in sets]
-    quality = [_quality(metrics.get("psnr_y"), metrics.get("ssim_y")) for metrics in quality]
+    quality = [_set_quality(metrics_of.get(name, {})) for name in sets]
     return [f"{results[0].run.name} ({first['model']})", *costs, *quality]
+
+
+def _set_quality(metrics: dict[str, Any]) -> str:
+    """PSNR, SSIM and the other metrics of a set."""
+    perceptual = [f"{name} {_format(value, '.4f')}" for name, value in metrics.get("perceptual", {}).items()]
+    return ", ".join(filter(None, [_quality(metrics.get("psnr_y"), metrics.get("ssim_y")), *perceptual]))
 
 
 def _image_table(result: Result) -> Section:
     metrics, images = result.metrics, result.metrics["images"]
     densities = mask_densities(metrics).mean(0)
-    columns = ["image", "LR size", "PSNR", "SSIM", "active share", "s"]
+    perceptual = list(metrics.get("perceptual", {}))
+    columns = ["image", "LR size", "PSNR", "SSIM", *perceptual, "active share", "s"]
     columns += [f"density {k + 1}" for k in range(len(densities))]
-    rows = [_image_row(image["name"], "{}x{}".format(*image["lr_shape"]), image) for image in images]
+    rows = [_image_row(image["name"], "{}x{}".format(*image["lr_shape"]), image, perceptual) for image in images]
     means = metrics | {"seconds": metrics["seconds_per_image"], "mask_density": densities}
-    return table(columns, rows, kind="sortable", footer=_image_row("mean", "", means))
+    return table(columns, rows, kind="sortable", footer=_image_row("mean", "", means, perceptual))
 
 
-def _image_row(name: str, size: str, values: dict[str, Any]) -> list[str]:
-    numbers = [_format(values["psnr_y"], ".2f"), _format(values["ssim_y"], ".4f"), f"{values['active_share']:.3f}"]
-    return [name, size, *numbers, f"{values['seconds']:.3f}", *(f"{density:.2f}" for density in values["mask_density"])]
+def _image_row(name: str, size: str, values: dict[str, Any], perceptual: Sequence[str]) -> list[str]:
+    numbers = [_format(values["psnr_y"], ".2f"), _format(values["ssim_y"], ".4f")]
+    numbers += [_format(values.get("perceptual", {}).get(metric), ".4f") for metric in perceptual]
+    numbers += [f"{values['active_share']:.3f}", f"{values['seconds']:.3f}"]
+    return [name, size, *numbers, *(f"{density:.2f}" for density in values["mask_density"])]
 
 
 def _number(value: float | str | None, default: float) -> float:
