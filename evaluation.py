@@ -4,7 +4,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ import distributed
 from data.srdata import WholeImages
 from metrics import luma, psnr, shave, ssim
 from model.network import Cost, Network, Predict, to_numpy
+from perceptual import Measure
 from program import InputError, is_out_of_memory
 from utility import logger, progress_bar, synchronize
 
@@ -42,6 +43,7 @@ def evaluate(
     predict: Predict | None = None,
     results: Results | None = None,
     warm_up: bool = True,
+    measures: Mapping[str, Measure] | None = None,
 ) -> Metrics:
     """Run a network over a set and return the content of metrics.json; PSNR and SSIM are nan without HR images.
 
@@ -53,6 +55,7 @@ def evaluate(
         results: knows which images are done and keeps the others. Images that cannot be read or do not fit in memory
             are left out and named in `results.failed`; without results, they raise an InputError
         warm_up: run the first image once before measuring times
+        measures: more metrics, of RGB images with `scale` border pixels shaved; see perceptual.build_measures
     """
     model.eval()
     predict = predict or model.inference
@@ -60,7 +63,9 @@ def evaluate(
     mine = range(distributed.rank(), len(images), distributed.world_size())
     progress = progress_bar(mine, distributed.is_main_process(), desc=images.name, unit="image")
     with progress, _background(model.device) as submit:
-        run = _Evaluation(model, images, predict=predict, results=results, submit=submit, warm_up=warm_up)
+        run = _Evaluation(
+            model, images, predict=predict, results=results, submit=submit, warm_up=warm_up, measures=measures or {}
+        )
         for index in progress:
             try:
                 measured[index] = run.measure(index)
@@ -94,6 +99,7 @@ class _Evaluation:
     results: Results | None
     submit: Callable[..., Future]
     warm_up: bool  # run the next image twice
+    measures: Mapping[str, Measure]
     n_reused: int = 0
 
     def measure(self, index: int) -> tuple[dict[str, Any], Future, Cost]:
@@ -107,6 +113,8 @@ class _Evaluation:
             sr, cost, seconds = self._upscale(lr)
             row = {"name": name, "lr_shape": list(lr.shape[:2]), "seconds": seconds}
             row |= {"mask_density": cost.mask_density, "active_share": cost.active_share}
+            if self.measures:
+                row["perceptual"] = _measure(self.measures, sr, hr, self.images.scale)
             quality = self.submit(compare, sr, hr, self.images.scale, rgb=not self.images.benchmark)
             if self.results:
                 self.results.save(row | quality.result(), cost, lr=lr, sr=sr, masks=masks_of(cost))
@@ -165,6 +173,12 @@ def _compute_at_once(function, *args, **options):
     return future
 
 
+def _measure(measures, sr, hr, scale):
+    """{name: value} of all measures."""
+    sr, hr = shave(sr, scale), None if hr is None else shave(hr, scale)
+    return {name: measure(sr, hr) for name, measure in measures.items()}
+
+
 def _summarize(rows: Sequence[dict], costs: Sequence[Cost], scale: int) -> Metrics:
     """The means over a set, and the rows of its images. An image met exactly, with infinite PSNR, spoils no mean."""
 
@@ -173,7 +187,11 @@ def _summarize(rows: Sequence[dict], costs: Sequence[Cost], scale: int) -> Metri
 
     if not rows:
         return {"n_images": 0, "images": []}
-    return {key: _mean_of_finite([row[key] for row in rows]) for key in _quality(rows[0])} | {
+    means = {key: _mean_of_finite([row[key] for row in rows]) for key in _quality(rows[0])}
+    if "perceptual" in rows[0]:
+        names = rows[0]["perceptual"]
+        means["perceptual"] = {name: _mean_of_finite([row["perceptual"][name] for row in rows]) for name in names}
+    return means | {
         "n_images": len(rows),
         "seconds_per_image": mean(row["seconds"] for row in rows),
         "gmacs": mean(cost.macs for cost in costs) / 1e9,
@@ -245,14 +263,16 @@ def headline(metrics: Metrics) -> tuple[str, float]:
 
 def table(metrics: Metrics) -> list[str]:
     """The lines of a table: every image and the mean, with PSNR and SSIM where there are HR images."""
-    columns = {"active_share": ("active", ".3f"), "seconds": ("seconds", ".3f")}
+    quality, costs = {}, {"active_share": ("active", ".3f"), "seconds": ("seconds", ".3f")}
     psnr_name, psnr_mean = headline(metrics)
     if not math.isnan(psnr_mean):
-        columns = {psnr_name: (psnr_name, ".2f"), "ssim_y": ("ssim_y", ".4f")} | columns
+        quality = {psnr_name: (psnr_name, ".2f"), "ssim_y": ("ssim_y", ".4f")}
+    columns = quality | {name: (name, ".4f") for name in metrics.get("perceptual", {})} | costs
     rows = [*metrics["images"], metrics | {"name": "mean", "seconds": metrics["seconds_per_image"]}]
     width = max(len(metrics["dataset"]), *(len(row["name"]) for row in rows))
     lines = [f"{metrics['dataset']:{width}}" + "".join(f"  {title:>8}" for title, _ in columns.values())]
-    for row in rows:
-        numbers = "".join(f"  {format(row[key], form):>8}" for key, (_, form) in columns.items())
+    for row in (row | row.get("perceptual", {}) for row in rows):
+        cells = ((title, format(row[key], form)) for key, (title, form) in columns.items())
+        numbers = "".join(f"  {text:>{max(8, len(title))}}" for title, text in cells)
         lines.append(f"{row['name']:{width}}{numbers}")
     return lines

@@ -31,6 +31,7 @@ from model import StateDict, build_model, read_weights
 from model.inference import build_predictor
 from model.network import Network, Predict
 from model.weights import fingerprint
+from perceptual import Measure, build_measures
 from recovery import report_failures, resume_hint
 from results import ResultSettings, SetResults
 from summary import TensorBoard, check_tensorboard
@@ -224,6 +225,7 @@ def test(args: argparse.Namespace, device: torch.device) -> int:
     )
     if args.data_test == ["video"]:
         return test_video(args, experiment, model, predict)
+    measures = build_measures([option.split_metric(text) for text in args.metrics or ()], device)
     settings = result_settings(args, model)
     results = [
         SetResults(experiment.results_folder(images.name, args.scale), images, settings)
@@ -235,7 +237,7 @@ def test(args: argparse.Namespace, device: torch.device) -> int:
             for of_set in results:
                 of_set.remove()
     for of_set in results:
-        test_set(args, model, of_set, predict)
+        test_set(args, model, of_set, predict=predict, measures=measures)
     failures = [message for of_set in results for message in of_set.failed.values()]
     count = sum(len(of_set.images) for of_set in results)
     return report_batch(failures, count) if distributed.is_main_process() else 0
@@ -252,6 +254,7 @@ def check_results(args: argparse.Namespace, results: Sequence[SetResults], weigh
 def result_settings(args: argparse.Namespace, model: Network) -> ResultSettings:
     """What the test writes, and what its results depend on."""
     options = [args.inference, args.engine, args.chop, args.chop_size, str(model.device), torch.get_num_threads()]
+    options += args.metrics or []
     return ResultSettings(
         made_with=made_with(args, model),
         measured_with=options,
@@ -282,10 +285,12 @@ def find_weights(args: argparse.Namespace, experiment: Experiment) -> str | Path
     return path
 
 
-def test_set(args: argparse.Namespace, model: Network, results: SetResults, predict: Predict) -> None:
+def test_set(
+    args: argparse.Namespace, model: Network, results: SetResults, predict: Predict, measures: dict[str, Measure]
+) -> None:
     """Test on one set and write its results."""
     images, folder = results.images, results.folder
-    metrics = evaluate(model, images, predict, results)
+    metrics = evaluate(model, images, predict, results, measures=measures)
     if not distributed.is_main_process() or not metrics["images"]:
         return
     path = folder / "metrics.json"

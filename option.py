@@ -34,7 +34,7 @@ TRAINING_FLAGS = (
     *("gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma", "tau_min"),
     *("tau_epochs", "lambda_warmup", "save_models", "print_every", "tensorboard", "images_every"),
 )
-TEST_ONLY_FLAGS = ("chop", "self_ensemble", "save_results", "save_masks")
+TEST_ONLY_FLAGS = ("chop", "self_ensemble", "save_results", "save_masks", "metrics")
 MODEL_FLAGS = (
     *("model", "scale", "n_feats", "n_blocks", "n_layers", "n_resblocks"),
     *("res_scale", "n_colors", "rgb_range"),
@@ -143,7 +143,7 @@ def _is_argument(text):
 def flag_value(name: str, value: Any) -> str:
     """The value of an option as the command line takes it; "" for a switch."""
     if isinstance(value, list):
-        separator = {"decay": "-", "betas": " ", "data_range": "/"}.get(name, "+")
+        separator = {"decay": "-", "betas": " ", "metrics": " ", "data_range": "/"}.get(name, "+")
         return separator.join("-".join(map(str, item)) if isinstance(item, list) else str(item) for item in value)
     return "" if value is True else str(value)
 
@@ -397,6 +397,13 @@ def _add_testing_options(group):
     group.add_argument("--self_ensemble", action="store_true", help="average over 8 flips and rotations")
     group.add_argument("--save_results", action="store_true", help="write the SR images")
     group.add_argument("--save_masks", action="store_true", help="write pictures of the spatial masks")
+    group.add_argument(
+        "--metrics",
+        type=metric,
+        nargs="+",
+        metavar="NAME[=FILE]",
+        help="also measure these metrics of the pyiqa package, e.g. lpips dists, with the weights in FILE",
+    )
 
 
 def _add_run_options(group):
@@ -501,8 +508,9 @@ def _check_video(args):
         raise InputError("--data_test video: cannot be joined with other sets; test them in another call")
     if not args.dir_demo:
         raise InputError("--data_test video: no file is given; name it with --dir_demo")
-    if args.save_masks:
-        raise InputError("--save_masks: is for images; leave it out with --data_test video")
+    for name in ("save_masks", "metrics"):
+        if getattr(args, name):
+            raise InputError(f"--{name}: is for images; leave it out with --data_test video")
     if launched_processes() > 1:
         raise InputError("--data_test video: runs in a single process; start it without torchrun")
 
@@ -547,6 +555,18 @@ def plain_name(text: str) -> str:
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a name; use letters, digits and . _ -")
     return text
+
+
+def metric(text: str) -> str:
+    if not re.fullmatch(r"[\w+-]+(=.+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a metric; write NAME, or NAME=FILE")
+    return text
+
+
+def split_metric(text: str) -> tuple[str, str | None]:
+    """The name and the weights file of an entry of --metrics; None without a file."""
+    name, _, weights = text.partition("=")
+    return name, weights or None
 
 
 def names(text: str) -> list[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from program import InputError
 
@@ -95,7 +95,31 @@ def read_picture(path: Path, n_colors: int = 3) -> Picture:
     A color profile is kept where it still applies, else the pixels are converted to sRGB. A broken one is logged and
     ignored. Raises InputError as `decode` does.
     """
-    picture = decode(path)
+    return _in_colors(decode(path), n_colors, path)
+
+
+def from_pillow(image: Image.Image, n_colors: int = 3) -> Picture:
+    """A Pillow image as gray or RGB, as `read_picture` returns the image of a file; its orientation is applied.
+
+    Raises InputError if its mode has 32 bits per channel, or its file is broken.
+    """
+    name = getattr(image, "filename", "") or f"this {image.mode} image"
+    if image.mode in ("I", "F"):
+        raise InputError(f"{name}: has 32 bits per channel; convert it to 8 or 16")
+    try:
+        image = ImageOps.exif_transpose(image)  # also decodes the file of an image that was only opened
+    except Exception as error:  # decoders raise nearly any type of exception on a broken file
+        raise InputError(f"{name}: broken ({error}); replace it") from None
+    profile = image.info.get("icc_profile")
+    if image.mode in ("CMYK", "LAB"):
+        channels, profile = _convert_to_srgb(image, profile, name), None
+    else:
+        channels = _pillow_channels(image)
+    return _in_colors(_split(channels, profile), n_colors, name)
+
+
+def _in_colors(picture, n_colors, path):
+    """A decoded picture as gray or RGB, see `read_picture`."""
     pixels, alpha, profile = picture.pixels, picture.alpha, picture.profile
     if profile:
         wanted, stored = ("GRAY" if n == 1 else "RGB" for n in (n_colors, pixels.shape[2]))
@@ -125,7 +149,11 @@ def decode(path: Path) -> Picture:
         page = _open_deep_tiff(file, path)
         decoded = _decode_with_pillow(file, path) if page is None else _decode_deep_tiff(page, file, path)
     channels, profile, orientation = decoded
-    channels = np.ascontiguousarray(TURNS[orientation](channels))
+    return _split(np.ascontiguousarray(TURNS[orientation](channels)), profile)
+
+
+def _split(channels, profile):
+    """The picture of 1 to 4 channels (H, W, C): gray, gray and alpha, RGB, or RGBA."""
     n_colors = channels.shape[2] - 1 | 1  # 1, 1, 3, 3 of 1, 2, 3, 4 channels
     alpha = channels[..., n_colors] if channels.shape[2] > n_colors else None
     return Picture(channels[..., :n_colors], alpha, profile)
@@ -228,6 +256,11 @@ def _channels(image, file, path):
                 raise ValueError("cut off")  # OpenCV allocates the lengths that chunks claim, up to 4 GiB each
             channels = _decode_with_opencv(file, path)
             return channels[..., ::3] if color_type == 4 else channels  # OpenCV repeats the gray of gray and alpha
+    return _pillow_channels(image)
+
+
+def _pillow_channels(image):
+    """The channels of an image with the depth of its mode: gray, gray and alpha, RGB, or RGBA."""
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)[..., None]
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
@@ -444,14 +477,28 @@ def _warn_of_profile(path):
 
 def encode_png(picture: Picture) -> bytes:
     """The content of a PNG file with 8 or 16 bits per channel, and with alpha and color profile if there are any."""
-    alpha = [] if picture.alpha is None else [picture.alpha]
-    channels = np.dstack([picture.pixels, *alpha])
-    if channels.dtype == np.uint16:
-        return _encode_deep_png(channels, picture.profile)
+    if picture.pixels.dtype == np.uint16:
+        return _encode_deep_png(_join(picture), picture.profile)
     content = io.BytesIO()
-    image = Image.fromarray(channels[..., 0] if channels.shape[2] == 1 else channels)
-    image.save(content, "PNG", icc_profile=picture.profile)
+    to_pillow(picture).save(content, "PNG", icc_profile=picture.profile)
     return content.getvalue()
+
+
+def to_pillow(picture: Picture) -> Image.Image:
+    """A picture as a Pillow image, with its alpha and profile. Pillow has 16 bits for gray without alpha alone."""
+    channels = _join(picture)
+    if channels.shape[2] > 1:
+        channels = to_8_bits(channels)
+    image = Image.fromarray(channels[..., 0] if channels.shape[2] == 1 else channels)
+    if picture.profile:
+        image.info["icc_profile"] = picture.profile
+    return image
+
+
+def _join(picture):
+    """The channels of a picture (H, W, 1 to 4), alpha last."""
+    alpha = [] if picture.alpha is None else [picture.alpha]
+    return np.dstack([picture.pixels, *alpha])
 
 
 def _encode_deep_png(channels, profile):

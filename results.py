@@ -32,6 +32,7 @@ FACTS = schema.mapping(
                 "mask_density": schema.list_of(schema.number(0)),
                 "active_share": schema.number(0),
             },
+            {"perceptual": schema.mapping(rest=schema.number())},
             rest=schema.number(),
         ),
         "cost": schema.mapping(

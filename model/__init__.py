@@ -1,22 +1,28 @@
 """The networks: build one by name, or from the weights in a file."""
 
 import inspect
-import math
 from pathlib import Path
 
-import torch
-
-import schema
+from model.building import build_from_weights, construct, fits, load_weights
 from model.edsr import EDSR
 from model.network import Network
 from model.smsr import SMSR
 from model.weights import StateDict, read_weights
 from program import InputError
-from utility import free_memory, logger
+
+__all__ = [
+    "EDSR",
+    "MODELS",
+    "SMSR",
+    "Network",
+    "StateDict",
+    "build_model",
+    "load_model",
+    "load_weights",
+    "read_weights",
+]
 
 MODELS: dict[str, type[Network]] = {"SMSR": SMSR, "EDSR": EDSR}
-# What `translate`, `hyperparameters` and the constructor raise on the weights of another network.
-NOT_THIS_NETWORK = (KeyError, IndexError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def build_model(
@@ -46,73 +52,9 @@ def build_model(
         if key not in inspect.signature(network).parameters:
             raise InputError(f"{name} has no parameter {key!r}; leave it out", argument=key)
     if state_dict is None:
-        return _construct(network, sizes)
-    return _build_from_weights(name, state_dict, origin, transfer=transfer, sizes=sizes)
-
-
-def _build_from_weights(name, state_dict, origin, transfer, sizes):
-    state_dict, stored, skeleton = _identify(name, state_dict, origin)
-    _check_fit(skeleton, state_dict, origin)
-    scale = sizes.get("scale", stored["scale"])
-    if transfer and scale != stored["scale"]:
-        logger.info(f"{origin}: these are x{stored['scale']} weights; loading all but the tail for x{scale}")
-        stored["scale"] = scale
-        state_dict = _replace_tail(state_dict, _construct(MODELS[name], {**stored, **sizes}).state_dict())
-    _check_sizes(name, sizes, stored, origin)
-    model = _construct(MODELS[name], {**sizes, **stored})
-    load_weights(model, state_dict, origin)
-    return model
-
-
-def _identify(name, state_dict, origin):
-    """Translated weights, the sizes and settings they record, and their network without data. Raises InputError."""
-    try:
-        return _read_as(MODELS[name], state_dict)
-    except NOT_THIS_NETWORK as error:
-        other = _network_of(state_dict)
-        if other:
-            problem = f"{origin}: holds {other} weights, not {name} weights"
-            raise InputError(f"{problem}; use model {other}, or another file") from None
-        reason = f"{error} is missing" if isinstance(error, KeyError) else "shapes do not fit"
-        raise InputError(f"{origin}: not weights of {name} ({reason}); choose another file") from None
-
-
-def _read_as(network, state_dict):
-    """As `_identify`; raises NOT_THIS_NETWORK. The network is on the meta device, so its size does not matter."""
-    state_dict = network.translate(state_dict)
-    stored = network.hyperparameters(state_dict)
-    with torch.device("meta"):
-        return state_dict, stored, network(**stored)
-
-
-def _replace_tail(state_dict, own):
-    kept = {key: value for key, value in state_dict.items() if not key.startswith("tail.")}
-    return kept | {key: value for key, value in own.items() if key.startswith("tail.")}
-
-
-def _check_sizes(name, sizes, stored, origin):
-    """Raise InputError if weights do not have the sizes and settings that were given."""
-    differing = [key for key in stored if key in sizes and not math.isclose(sizes[key], stored[key], rel_tol=1e-5)]
-    if differing:
-        found = ", ".join(f"{key} {stored[key]:g}, not {sizes[key]:g}" for key in differing)
-        fix = ", ".join(f"{key} {stored[key]:g}" for key in differing)
-        raise InputError(
-            f"{origin} holds {name} weights for {found}; use {fix}, or other weights", argument=differing[0]
-        )
-
-
-def _construct(network, sizes):
-    try:
-        with torch.device("meta"):
-            needed = 4 * network(**sizes).n_parameters
-        if needed > free_memory(torch.device("cpu")):
-            raise InputError(
-                f"the weights of this network need {needed / 2**30:.0f} GiB of memory, more than is free; use fewer",
-                argument="n_feats",
-            )
-        return network(**sizes)
-    except ValueError as error:
-        raise InputError(f"{error}; choose another scale", argument="scale") from None
+        return construct(network, sizes)
+    others = [other for other in MODELS.values() if other is not network]
+    return build_from_weights(network, state_dict, origin, transfer=transfer, sizes=sizes, others=others)
 
 
 def load_model(path: str | Path, name: str | None = None, **sizes: float | None) -> Network:
@@ -127,24 +69,4 @@ def load_model(path: str | Path, name: str | None = None, **sizes: float | None)
 
 def _network_of(state_dict):
     """The name of the network that these weights belong to; None if there is none."""
-    for name, network in MODELS.items():
-        try:
-            _read_as(network, state_dict)
-        except NOT_THIS_NETWORK:
-            continue
-        return name
-    return None
-
-
-def load_weights(model: Network, state_dict: StateDict, origin: str | Path = "the weights") -> None:
-    """Load all weights or none; InputError names the keys, shapes and values that do not fit."""
-    _check_fit(model, state_dict, origin, finite=True)
-    for name in model.settings:
-        if name in state_dict and state_dict[name] <= 0:
-            raise InputError(f"{origin}: {name} is not positive; choose another file")
-    model.load_state_dict(state_dict)
-
-
-def _check_fit(model, state_dict, origin, finite=False):
-    wanted = schema.tensors_like(model.state_dict(), may_lack=model.settings, finite=finite)
-    schema.check(state_dict, wanted, f"{origin}: does not fit {type(model).__name__}", "choose another file")
+    return next((name for name, network in MODELS.items() if fits(network, state_dict)), None)

@@ -2,15 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
-from model.common import mean_color
+from model.common import check_images, mean_color
+from model.hub import read_hub_folder
+from picture import from_pillow, to_pillow
 from program import InputError
 
 MAX_SCALE = 64  # larger ones are a mistake
+PIXEL_DTYPES = {torch.uint8: np.uint8, torch.uint16: np.uint16}
 MEAN_SHIFTS = ("sub_mean.", "add_mean.")  # published checkpoints keep the mean as two fixed convolutions
 
 
@@ -85,6 +91,7 @@ class DeferredCost:
 
 
 Predict = Callable[[torch.Tensor], tuple[torch.Tensor, Cost]]  # LR images -> SR images and their cost
+Pixels = TypeVar("Pixels", np.ndarray, torch.Tensor, Image.Image)
 
 
 class Network(nn.Module):
@@ -111,6 +118,14 @@ class Network(nn.Module):
         self.scale, self.n_feats, self.n_colors = scale, n_feats, n_colors
         self.register_buffer("rgb_range", torch.tensor(float(rgb_range)))
         self.register_buffer("mean", mean_color(n_colors, rgb_range), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "Network":
+        """The network in a folder that tools/export_hub.py or huggingface_hub wrote, or in a repository "owner/name".
+
+        It is in eval mode on the CPU. Raises InputError, see hub.read_hub_folder.
+        """
+        return read_hub_folder(cls, source)
 
     @property
     def device(self) -> torch.device:
@@ -144,20 +159,46 @@ class Network(nn.Module):
         return x.to(torch.uint8 if levels == 255 else torch.uint16).permute(0, 2, 3, 1)
 
     @torch.no_grad()
-    def upscale(self, image: np.ndarray, predict: Predict | None = None) -> np.ndarray:
-        """uint8 or uint16 (H, W, n_colors) -> (scale H, scale W, n_colors) of the same type.
+    def upscale(self, image: Pixels, predict: Predict | None = None) -> Pixels:
+        """Upscale an array, a Pillow image or a batch of tensors; the result is of the same type.
 
-        predict: runs the network, see inference.build_predictor; None: self.inference
-        Raises InputError if the array is not such an image.
+        Args:
+            image: an array (H, W, n_colors), uint8 or uint16;
+                a Pillow image, whose orientation is applied, with its alpha (bicubic) and color profile;
+                or a tensor (N, n_colors, H, W), uint8, uint16, or float in 0...1 whatever the rgb_range, on any device
+            predict: runs the network, see inference.build_predictor; None: self.inference
+
+        Raises InputError if it is not such an image.
         """
-        is_image = image.dtype in (np.uint8, np.uint16) and image.ndim == 3 and image.shape[2] == self.n_colors
+        predict = predict or self.inference
+        if isinstance(image, torch.Tensor):
+            return self._upscale_tensor(image, predict)
+        if isinstance(image, Image.Image):
+            picture = from_pillow(image, self.n_colors)
+            return to_pillow(picture.with_upscaled(self._upscale_array(picture.pixels, predict)))
+        return self._upscale_array(image, predict)
+
+    def _upscale_array(self, image, predict):
+        dtype, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
+        is_image = dtype in PIXEL_DTYPES.values() and len(shape) == 3 and shape[2] == self.n_colors
         if not is_image or not image.size:
             raise InputError(
                 f"this network upscales uint8 or uint16 arrays (H, W, {self.n_colors}), "
-                f"not {image.dtype} {image.shape}; convert the image"
+                f"not {dtype} {shape}; convert the image"
             )
-        sr, _ = (predict or self.inference)(self.to_input(image[None]))
+        sr, _ = predict(self.to_input(image[None]))
         return to_numpy(self.to_images(sr, image.dtype)[0])
+
+    def _upscale_tensor(self, images, predict):
+        check_images(images, self.n_colors)
+        if images.dtype in PIXEL_DTYPES:
+            sr, _ = predict(self.to_input(images.permute(0, 2, 3, 1)))
+            sr = self.to_images(sr, PIXEL_DTYPES[images.dtype]).permute(0, 3, 1, 2)
+        else:
+            _check_unit_range(images)
+            sr, _ = predict((images.to(self.device).float() * self.rgb_range.float()).to(self.dtype))
+            sr = (sr.float() / self.rgb_range.float()).clamp(0, 1)
+        return sr.to(images.device, images.dtype).contiguous()
 
     def _apply_settings(self) -> None:
         """Derive what depends on the settings; called after they were loaded."""
@@ -168,6 +209,18 @@ class Network(nn.Module):
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._apply_settings()
+
+
+def _check_unit_range(images: torch.Tensor) -> None:
+    """Raise InputError unless a tensor has floating-point numbers in 0...1. Waits for the device."""
+    if not images.is_floating_point():
+        raise InputError(f"this network upscales tensors of uint8, uint16 or float, not {images.dtype}; convert them")
+    low, high = (value.item() for value in images.aminmax())
+    if not (low >= 0 and high <= 1):  # NaN too
+        raise InputError(
+            f"upscale takes floating-point images in 0...1, and these reach from {low:g} to {high:g}; "
+            "scale or clamp them, or call the network itself, which takes 0...rgb_range"
+        )
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

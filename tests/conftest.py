@@ -6,7 +6,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # test processes share the cores,
     cores = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))  # before torch is loaded
 
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -75,6 +77,25 @@ def make_set(tmp_path):
         return tmp_path / "data"
 
     return make
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """torchvision; operators that its build lacks for this PyTorch are declared, so that it can be imported."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    while True:
+        try:
+            import torchvision
+
+            torchvision.declared = library  # keep it: the operators disappear with the library
+            return torchvision
+        except RuntimeError as error:
+            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+            if not missing:
+                raise
+            library.define(f"{missing[1]}() -> ()")
+            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+                del sys.modules[name]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import model.sparse
 import option
 
 ROOT = Path(__file__).resolve().parents[1]
-RULE = re.compile(r"^`(tools, main -> [\w, >-]+)`$", re.MULTILINE)
+RULE = re.compile(r"^`(tools, main\b[\w, >-]+)`$", re.MULTILINE)
 HIDDEN = {"import_module", "__import__", "exec_module", "load_module", "run_path", "run_module"}
 HIDDEN |= {"spec_from_file_location", "runpy", "builtins", "imp"}
 BUILTINS = {"exec", "eval"}  # only as plain names: `model.eval()` is something else

@@ -189,7 +189,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_built(folder, mon
     monkeypatch.setattr("main.free_memory", lambda device: 1000)
     message = "--batch_size 2: a step needs more than 0 GiB of memory, more than is free; use a smaller --batch_size"
     assert mistake(f"{TRAIN} --epochs 1").startswith(message)
-    monkeypatch.setattr("model.free_memory", lambda device: 1000)
+    monkeypatch.setattr("model.building.free_memory", lambda device: 1000)
     assert mistake(f"{TRAIN} --epochs 1").startswith("--n_feats: the weights of this")
     assert not Path("experiment").exists()
 

@@ -146,6 +146,7 @@ def check_reports(folder: Path) -> None:
 
 # What main.py writes. A number that JSON cannot hold is null or "inf".
 QUALITY = schema.optional(schema.any_of(schema.number(), schema.exactly("inf"), schema.exactly("-inf")))
+PERCEPTUAL = {"perceptual": schema.mapping(rest=QUALITY)}  # with --metrics
 ROW = {
     "name": schema.text,
     "lr_shape": schema.sequence(schema.integer(1), schema.integer(1)),
@@ -166,7 +167,7 @@ METRICS = {
     "gmacs_at_1280x720": schema.number(0),
     "gmacs_dense_at_1280x720": schema.number(1e-9),
     "active_share": schema.number(0),
-    "images": schema.list_of(schema.mapping(ROW, rest=schema.anything), 1),
+    "images": schema.list_of(schema.mapping(ROW, PERCEPTUAL, rest=schema.anything), 1),
 }
 OPTIONS = {
     "changed": schema.mapping(rest=schema.anything),
@@ -203,7 +204,7 @@ def read_run(folder: Path, problems: list[str]) -> Run:
 
 def _read(path, entries):
     content = load_json(path, "repeat the test")
-    schema.check(content, schema.mapping(entries, rest=schema.anything), path, "repeat the test")
+    schema.check(content, schema.mapping(entries, PERCEPTUAL, rest=schema.anything), path, "repeat the test")
     return content
 
 
@@ -317,16 +318,19 @@ def image_tables(results: Sequence[Result]) -> Iterator[Section]:
 def _image_table(result: Result) -> Table:
     metrics, images = result.metrics, result.metrics["images"]
     densities = mask_densities(metrics).mean(0)
-    columns = ["image", "LR size", "PSNR (dB)", "SSIM", "active share", "time (s)"]
+    perceptual = list(metrics.get("perceptual", {}))
+    columns = ["image", "LR size", "PSNR (dB)", "SSIM", *perceptual, "active share", "time (s)"]
     columns += [f"density of mask {k + 1}" for k in range(len(densities))]
-    rows = [_image_row(image["name"], "{1}x{0}".format(*image["lr_shape"]), image) for image in images]
+    rows = [_image_row(image["name"], "{1}x{0}".format(*image["lr_shape"]), image, perceptual) for image in images]
     means = metrics | {"seconds": metrics["seconds_per_image"], "mask_density": densities}
-    return Table(columns, rows, footer=_image_row("mean", "", means))
+    return Table(columns, rows, footer=_image_row("mean", "", means, perceptual))
 
 
-def _image_row(name: str, size: str, values: dict[str, Any]) -> list[str]:
-    numbers = [_format(values["psnr_y"], ".2f"), _format(values["ssim_y"], ".4f"), f"{values['active_share']:.3f}"]
-    return [name, size, *numbers, f"{values['seconds']:.3f}", *(f"{density:.2f}" for density in values["mask_density"])]
+def _image_row(name: str, size: str, values: dict[str, Any], perceptual: Sequence[str]) -> list[str]:
+    numbers = [_format(values["psnr_y"], ".2f"), _format(values["ssim_y"], ".4f")]
+    numbers += [_format(values.get("perceptual", {}).get(metric), ".4f") for metric in perceptual]
+    numbers += [f"{values['active_share']:.3f}", f"{values['seconds']:.3f}"]
+    return [name, size, *numbers, *(f"{density:.2f}" for density in values["mask_density"])]
 
 
 def _number(value: float | str | None, default: float) -> float:

@@ -1,4 +1,3 @@
-import re
 import subprocess
 import sys
 
@@ -8,25 +7,6 @@ import torch.nn.functional as F
 
 from loss import vgg
 from program import InputError
-
-
-@pytest.fixture(scope="module")
-def torchvision():
-    """torchvision; operators that its build lacks for this PyTorch are declared, so that it can be imported."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    while True:
-        try:
-            import torchvision
-
-            torchvision.declared = library  # keep it: the operators disappear with the library
-            return torchvision
-        except RuntimeError as error:
-            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-            if not missing:
-                raise
-            library.define(f"{missing[1]}() -> ()")
-            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-                del sys.modules[name]
 
 
 @pytest.fixture

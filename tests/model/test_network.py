@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, ImageCms
 from torch import nn
 
 from model import MODELS, build_model
 from model.inference import build_predictor
 from model.network import Cost, DeferredCost, conv_macs
+from picture import to_8_bits
 from program import InputError
 
 SIZES = {
@@ -186,6 +188,103 @@ def test_upscaling_leaves_the_image_and_the_gradients_alone(name):
     assert result.flags.writeable
     sr, _ = model.inference(model.to_input(image[None]))
     assert not sr.requires_grad
+
+
+@every_network
+@pytest.mark.parametrize("rgb_range", [1, 255])
+@pytest.mark.parametrize("n_colors", [1, 3])
+def test_batches_of_tensors_are_upscaled_like_arrays(name, rgb_range, n_colors):
+    model = build(name, n_colors=n_colors, rgb_range=rgb_range)
+    arrays = random_images(2, 6, 5, n_colors)
+    expected = np.stack([model.upscale(array) for array in arrays])
+    batch = torch.from_numpy(arrays).permute(0, 3, 1, 2)
+    sr = model.upscale(batch)
+    assert (sr.dtype, sr.shape) == (torch.uint8, (2, n_colors, 12, 10))
+    assert sr.is_contiguous()
+    assert np.abs(sr.permute(0, 2, 3, 1).numpy().astype(int) - expected).max() <= 1  # sums in another order
+    deep = model.upscale((batch.int() * 257).to(torch.uint16))
+    assert deep.dtype == torch.uint16
+    for dtype in (torch.float32, torch.float64):
+        unit = model.upscale(batch.to(dtype) / 255)
+        assert unit.dtype == dtype
+        assert 0 <= unit.min() <= unit.max() <= 1
+        assert (unit * 255 - sr).abs().max() < 0.5 + 1e-3
+        assert (unit * 65535 - deep.int()).abs().max() < 0.6
+
+
+@every_network
+def test_tensors_that_are_not_images_are_refused(name):
+    model = build(name)
+    image = torch.rand(1, 3, 4, 5)
+    broken = image.clone()
+    broken[0, 1, 2, 3] = torch.nan
+    for wrong, message in (
+        (image * 255, r"in 0\.\.\.1, and these reach from [\d.]+ to 2[\d.]+; scale or clamp them"),
+        (image - 0.5, r"reach from -0\.\d+"),
+        (broken, "reach from nan to nan"),
+        (image[0], r"takes images \(N, 3, H, W\), not \(3, 4, 5\)"),
+        (image[:, :1], r"not \(1, 1, 4, 5\)"),
+        (image[:0], r"not \(0, 3, 4, 5\)"),
+        (image.long(), r"not torch\.int64; convert them"),
+        (image.bool(), r"not torch\.bool"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.upscale(wrong)
+    with pytest.raises(InputError, match="not str"):
+        model.upscale("photo.png")
+
+
+@every_network
+@pytest.mark.parametrize("n_colors", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_pillow_images_of_every_mode_are_upscaled(name, n_colors, mode):
+    model = build(name, n_colors=n_colors)
+    image = Image.fromarray(random_images(6, 5, 3)).convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(77)
+    sr = model.upscale(image)
+    assert sr.size == (10, 12)
+    assert sr.getbands() == (("R", "G", "B") if n_colors == 3 else ("L",)) + (("A",) if mode in ("LA", "RGBA") else ())
+    colors = "RGB" if n_colors == 3 else "L"
+    pixels = np.asarray(image.convert("L" if mode in ("1", "L", "LA") else "RGB").convert(colors))
+    expected = model.upscale(pixels.reshape(6, 5, n_colors))
+    assert np.array_equal(np.asarray(sr.convert(colors)).reshape(12, 10, n_colors), expected)
+    if "A" in sr.getbands():
+        assert (np.asarray(sr.getchannel("A")) == 77).all()
+
+
+@every_network
+def test_16_bits_of_pillow_images_are_kept_where_pillow_can(name):
+    levels = np.random.default_rng(0).integers(0, 2**16, (6, 5), dtype=np.uint16)
+    image = Image.fromarray(levels)
+    gray, color = (build(name, n_colors=n_colors) for n_colors in (1, 3))
+    assert np.array_equal(gray.upscale(image), gray.upscale(levels[..., None])[..., 0])
+    expected = color.upscale(np.repeat(levels[..., None], 3, axis=2))
+    assert np.array_equal(color.upscale(image), to_8_bits(expected))
+
+
+def test_orientation_and_color_profile_of_pillow_images_are_kept(tmp_path):
+    model = build("SMSR")
+    image = Image.fromarray(random_images(6, 5, 3))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned to the right
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.save(tmp_path / "turned.png", exif=exif, icc_profile=profile)
+    sr = model.upscale(Image.open(tmp_path / "turned.png"))
+    assert np.array_equal(sr, model.upscale(np.rot90(np.asarray(image), -1)))
+    assert sr.info["icc_profile"] == profile
+
+
+def test_pillow_images_that_cannot_be_upscaled_are_refused_in_one_line(tmp_path):
+    model = build("SMSR")
+    Image.fromarray(random_images(40, 50, 3)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    for wrong, message in (
+        (Image.new("F", (5, 6)), "this F image: has 32 bits per channel; convert it to 8 or 16"),
+        (Image.open(tmp_path / "cut.png"), r"cut\.png: broken \(.*\); replace it"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.upscale(wrong)
 
 
 # ---- device and dtype ------------------------------------------------------------------------------------------------
