@@ -25,9 +25,10 @@ except ImportError:  # on Windows
 RELEASED = "released"  # the folder of weights that no run may overwrite
 RUN_FILES = (  # what a training writes to its folder
     *("options.json", "checkpoint.pt", "log.txt", "log.csv", "loss.png", "psnr.png", "active_share.png", "density.png"),
-    *("masks.png", "model/model_*.pt", "tensorboard/events.out.tfevents.*"),
+    *("masks.png", "model/model_best.pt", "model/model_latest.pt", "model/model_[0-9]*.pt"),
+    "tensorboard/events.out.tfevents.*",
 )
-BEFORE_FIRST_CHECKPOINT = ("options.json", "log.txt", "tensorboard")  # a run that wrote no more has nothing to lose
+LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 
 _locks: set[int] = set()  # descriptors of folders that this process has locked
 
@@ -109,8 +110,8 @@ class Experiment:
         return [path for pattern in RUN_FILES for path in sorted(self.folder.glob(pattern))]
 
     def exists(self) -> bool:
-        """Whether the folder holds a run with something to lose: what is written before the first checkpoint is not."""
-        return any(path.relative_to(self.folder).parts[0] not in BEFORE_FIRST_CHECKPOINT for path in self.files())
+        """Whether the folder holds files that a run may not replace: those before a first checkpoint do not count."""
+        return not all(_is_expendable(path) for path in self.files())
 
     def create(self, reset: bool = False) -> None:
         """Make the folder. Raises InputError if it already contains a run, unless `reset`: then that is deleted.
@@ -234,6 +235,16 @@ class LogFile(logging.Handler):
     def close(self) -> None:
         self.file.close()
         super().close()
+
+
+def _is_expendable(path):
+    """Whether a run wrote this file before its first checkpoint, so that a new run may replace it."""
+    if path.name == "log.txt":
+        content = path.read_bytes()
+        return not content or bool(LOG_LINE.match(content))
+    if path.name == "options.json":
+        return path.read_bytes().startswith(b'{\n "changed": ')
+    return path.parent.name == "tensorboard"
 
 
 def write_options(path: Path, options: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import sys
 dependencies = ["torch", "numpy", "PIL", "tqdm"]
 
 _ROOT = pathlib.Path(__file__).resolve().parent
-_NEEDED = ("files", "loading", "model", "picture", "schema", "utility")
+_NEEDED = ("files", "loading", "model", "picture", "program", "schema", "utility")
 
 
 def _check_names():

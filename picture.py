@@ -572,7 +572,8 @@ def _visible_files(folder):
         if folder.exists():
             raise InputError(f"{folder}: is a file, not a folder; give the folder that holds the images")
         raise InputError(f"{folder}: no such folder; check the path")
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    return [path for path in files if path.is_file() or (path.is_symlink() and not path.exists())]  # or a broken link
 
 
 @functools.cache

@@ -92,7 +92,15 @@ RUN = (
     "model/model_best.pt",
     "tensorboard/events.out.tfevents.1",
 )
-OTHERS = ("notes", "data/Set/HR/a.png", "model/vgg.pt", "results-Set5-x2/metrics.json", "lost+found/x", "log.txt.old")
+OTHERS = (
+    "notes",
+    "data/Set/HR/a.png",
+    "model/vgg.pt",
+    "model/model_teacher.pt",
+    "results-Set5-x2/metrics.json",
+    "lost+found/x",
+    "log.txt.old",
+)
 
 
 def test_a_reset_deletes_the_run_and_nothing_else(tmp_path, experiment):

@@ -142,20 +142,24 @@ def test_resuming_a_finished_run_changes_nothing_and_succeeds(folder, capsys):
     assert content(folder / "experiment/run") == before
 
 
-@pytest.mark.parametrize("left", [["options.json"], ["options.json", "log.txt"], [".0123.tmp", "tensorboard/events"]])
+LEFT = {"options.json": '{\n "changed": {}', "log.txt": "2026-01-31 12:00:00 SMSR x2", ".0123.tmp": "cut off"}
+LEFT["tensorboard/events.out.tfevents.1"] = "cut off"
+
+
+@pytest.mark.parametrize("left", [["options.json"], ["options.json", "log.txt"], list(LEFT)])
 def test_a_run_that_died_before_its_first_checkpoint_is_started_again_by_the_same_command(folder, left):
     for name in left:
         path = Path("experiment/run", name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("cut off")
+        path.write_text(LEFT[name])
     message = "--load run: experiment/run holds no checkpoint yet; start the run with --save run and its options"
     assert mistake("--load run") == message
     assert run(f"{TRAIN} --epochs 1") == 0
     assert run("--load run --epochs 2") == 0
 
 
-@pytest.mark.parametrize("kept", ["model/model_latest.pt", "checkpoint.pt", "log.csv", "notes.md"])
-def test_a_folder_that_holds_anything_else_is_not_written_to(folder, kept):
+@pytest.mark.parametrize("kept", ["model/model_latest.pt", "checkpoint.pt", "log.csv", "log.txt", "options.json"])
+def test_a_folder_that_holds_anything_else_of_that_name_is_not_written_to(folder, kept):
     path = Path("experiment/run", kept)
     path.parent.mkdir(parents=True)
     path.write_text("mine")
@@ -541,6 +545,13 @@ def test_a_broken_photo_does_not_end_a_demo_and_nothing_is_done_twice(photos, ca
         name: content for name, (content, _) in after.items()
     }
     assert pictures()["c_x2_SR.png"] == after["c_x2_SR.png"]
+
+
+def test_a_photo_behind_a_broken_link_is_named(photos, capsys):
+    Path("photos/b.png").unlink()
+    Path("photos/b.png").symlink_to("/unplugged/b.png")
+    assert run(DEMO) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: photos/b.png: no such file")
 
 
 def test_without_any_readable_photo_a_demo_fails(photos, capsys):

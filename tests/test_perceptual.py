@@ -138,8 +138,8 @@ def test_metrics_reach_the_table_metrics_json_and_the_report(stand_in, make_set,
     assert mean[3] == f"{np.mean(expected):.4f}"
     report.main(["experiment/run"])
     text = (tmp_path / "experiment/run/report.md").read_text()
-    assert "| image | LR size | PSNR | SSIM | difference | level |" in text
-    assert f"difference {np.mean(expected):.4f}" in text
+    assert "| image | LR size | PSNR (dB) | SSIM | difference | level |" in text
+    assert f" {np.mean(expected):.4f} | " in next(line for line in text.splitlines() if line.startswith("| mean"))
     assert text.count(f"{expected[0]:.4f}") >= 1
 
 

@@ -138,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_reports(folder: Path) -> None:
-    """Raise InputError if the files to write exist in a folder and are not reports."""
+    """Raise InputError if the folder is a file, or the files to write exist in it and are not reports."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder}: is a file, not a folder; choose another")
     for path, start in ((folder / "report.html", b"<h1>Results: "), (folder / "report.md", b"# Results: ")):
         if path.exists() and start not in path.read_bytes():
             raise InputError(f"{path}: already exists and is not a report; choose another --output")

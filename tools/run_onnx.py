@@ -21,9 +21,14 @@ import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # after the folder of this file
 
-from files import Results, check_name, check_outputs, digest, write_whole
-from picture import Picture, encode_png, image_files, name_images, read_picture, skipped_files, to_8_bits
-from program import InputError, report_batch, run_program, shorten
+try:
+    from files import Results, check_name, check_outputs, digest, write_whole
+    from picture import Picture, encode_png, image_files, name_images, read_picture, skipped_files, to_8_bits
+    from program import InputError, report_batch, run_program, shorten
+except ModuleNotFoundError as missing:
+    advice = f"put picture.py, files.py and program.py next to {Path(__file__).name}, and install their packages"
+    print(f"error: {missing}; {advice}", file=sys.stderr)
+    sys.exit(2)
 
 try:
     import onnxruntime

@@ -52,7 +52,15 @@ def test_a_folder_of_images_without_torch(folder, tiny):
         assert np.abs(sr.astype(int) - tiny.upscale(image)).max() <= 1
 
 
-def test_run_onnx_needs_two_other_files_of_the_project(folder):
+def test_run_onnx_alone_tells_what_it_needs(folder):
+    shutil.copy(REPOSITORY / "tools/run_onnx.py", ".")
+    done = subprocess.run([sys.executable, "run_onnx.py"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: No module named 'files'; put picture.py, files.py and program.py next to")
+    assert done.stderr.count("\n") == 1
+
+
+def test_run_onnx_needs_three_other_files_of_the_project(folder):
     for name in ("tools/run_onnx.py", "picture.py", "files.py", "program.py"):
         shutil.copy(REPOSITORY / name, ".")
     program = "import run_onnx, sys; run_onnx.main(); "
