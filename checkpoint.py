@@ -25,8 +25,8 @@ except ImportError:  # on Windows
 RELEASED = "released"  # the folder of weights that no run may overwrite
 RUN_FILES = (  # what a training writes to its folder
     *("options.json", "checkpoint.pt", "log.txt", "log.csv", "loss.png", "psnr.png", "active_share.png", "density.png"),
-    *("masks.png", "model/model_best.pt", "model/model_latest.pt", "model/model_[0-9]*.pt"),
-    "tensorboard/events.out.tfevents.*",
+    *(f"model/model_{which}.pt" for which in ("best", "best_ema", "latest", "latest_ema", "[0-9]*")),
+    *("masks.png", "tensorboard/events.out.tfevents.*"),
 )
 LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 

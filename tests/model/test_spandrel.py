@@ -110,5 +110,5 @@ def test_the_error_without_the_package_names_it():
     program = "import sys; sys.modules['spandrel'] = None; import model.spandrel"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("files.InputError: the spandrel package cannot be imported (")
+    assert last.startswith("program.InputError: the spandrel package cannot be imported (")
     assert last.endswith("; pip install spandrel")
