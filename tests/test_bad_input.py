@@ -13,7 +13,7 @@ from main import main
 
 COUNTS = {"weights": 90, "checkpoint": 45, "options": 35, "results": 40, "cache": 10, "onnx": 30, "images": 40}
 COUNTS |= {"mp4": 10, "mkv": 10}  # 310 files
-N_COMMANDS = 150  # odd_commands.py tries any number
+N_COMMANDS = 60  # odd_commands.py tries any number
 TRAIN = (
     "--dir_data data --data_train Tiny --data_test Tiny2 --n_feats 8 --n_blocks 1 --n_layers 2 --patch_size 8 "
     "--batch_size 2 --test_every 1 --epochs 2 --time_limit 1e-9 --n_threads 0 --ema 0.9 --save run"
