@@ -14,7 +14,7 @@ import torch
 
 import schema
 from loading import load_json, load_tensors
-from program import InputError
+from program import InputError, naming
 from utility import logger, remove_unfinished, save_torch, write_json
 
 try:
@@ -28,6 +28,7 @@ RUN_FILES = (  # what a training writes to its folder
     *(f"model/model_{which}.pt" for which in ("best", "best_ema", "latest", "latest_ema", "[0-9]*")),
     *("masks.png", "tensorboard/events.out.tfevents.*"),
 )
+OPTIONS_START = b'{\n "changed": '  # of what `write_options` writes
 LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 
 _locks: set[int] = set()  # descriptors of folders that this process has locked
@@ -106,7 +107,7 @@ class Experiment:
         self._locked: os.stat_result | None = None  # the folder, while this process holds its lock
 
     def files(self) -> list[Path]:
-        """The files of the run. Those of tests, and whatever else somebody put into the folder, do not belong to it."""
+        """The files of the run. Results of tests, and files that users put into the folder, do not belong to it."""
         return [path for pattern in RUN_FILES for path in sorted(self.folder.glob(pattern))]
 
     def exists(self) -> bool:
@@ -226,11 +227,8 @@ class LogFile(logging.Handler):
         self.file = path.open("ab", buffering=0)  # closing it has nothing left to write, and cannot fail
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
+        with naming(self.path):
             self.file.write(f"{self.format(record)}\n".encode(errors="backslashreplace"))  # names may not be UTF-8
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
 
     def close(self) -> None:
         self.file.close()
@@ -239,12 +237,11 @@ class LogFile(logging.Handler):
 
 def _is_expendable(path):
     """Whether a run wrote this file before its first checkpoint, so that a new run may replace it."""
-    if path.name == "log.txt":
-        content = path.read_bytes()
-        return not content or bool(LOG_LINE.match(content))
-    if path.name == "options.json":
-        return path.read_bytes().startswith(b'{\n "changed": ')
-    return path.parent.name == "tensorboard"
+    if path.name not in ("log.txt", "options.json"):
+        return path.parent.name == "tensorboard"
+    with open(path, "rb") as file:
+        start = file.read(32)
+    return not start or bool(LOG_LINE.match(start)) if path.name == "log.txt" else start.startswith(OPTIONS_START)
 
 
 def write_options(path: Path, options: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from program import InputError
+from program import InputError, naming
 
 MAX_NAME_BYTES = 255  # of a file, in the file systems in use
 
@@ -20,14 +20,12 @@ def write_whole(path: str | Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # short, because names have at most 255 bytes
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = str(path)  # the error of a full disk does not name the file
-        raise
+        with naming(path):
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -124,7 +122,7 @@ class Results:
         return self.folder / ".finished" / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"
 
     def _read(self, name):
-        """The record of a result; that of nothing if there is none, or a damaged one."""
+        """The record of a result; an empty one if it is missing or damaged."""
         with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
             record = json.loads(self._record(name).read_bytes())
             files = {file: key for file, key in record["files"].items() if Path(file).name == file}

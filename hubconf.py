@@ -60,7 +60,7 @@ def _smsr(scale, pretrained):
 def edsr_baseline(scale: int = 2, pretrained: bool = False) -> _Network:
     """EDSR-baseline (16 blocks of 64 channels) in eval mode, untrained: no weights of it are released here.
 
-    `load_model` loads weights from a file, e.g. those of the EDSR authors.
+    `load_model` loads weights from a file, e.g. the ones that the EDSR authors published.
     """
     if pretrained:
         raise _InputError("edsr_baseline: no weights are released; load a file with the entry point load_model")

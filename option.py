@@ -27,7 +27,7 @@ NOT_RESUMED = {
     *("test_only", "dry_run", "time_limit"),
 }
 RECORDED = ("pre_train", "template")  # of those, the ones that a resumed run keeps in its options.json
-# Options of a training, which a test ignores, apart from those of the network and of machine and run.
+# Options that only a training uses; the network, the machine and the name of the run have options of their own.
 TRAINING_FLAGS = (
     *("data_train", "ext", "patch_size", "no_augment", "compile", "test_every", "epochs", "batch_size", "split_batch"),
     *("gclip", "skip_threshold", "max_bad_steps", "ema", "loss", "lambda_sparsity", "vgg_weights"),
@@ -519,19 +519,19 @@ def _check_video(args):
 
 
 def positive_int(text: str, largest: int = LARGEST) -> int:
-    return _number(text, int, lambda value: value > 0, "a positive integer", largest)
+    return _number(text, int, lambda value: value > 0, wanted="a positive integer", largest=largest)
 
 
 def count(text: str, largest: int = LARGEST) -> int:
-    return _number(text, int, lambda value: value >= 0, "an integer of 0 or more", largest)
+    return _number(text, int, lambda value: value >= 0, wanted="an integer of 0 or more", largest=largest)
 
 
 def positive_float(text: str, largest: float = LARGEST) -> float:
-    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0", largest)
+    return _number(text, float, lambda value: 0 < value < math.inf, wanted="a number above 0", largest=largest)
 
 
 def non_negative_float(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of 0 or more", LARGEST)
+    return _number(text, float, lambda value: 0 <= value < math.inf, wanted="a number of 0 or more", largest=LARGEST)
 
 
 def at_most(largest: float, kind: Callable[..., float] = positive_int) -> Callable[[str], float]:
@@ -540,15 +540,15 @@ def at_most(largest: float, kind: Callable[..., float] = positive_int) -> Callab
 
 
 def share(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value < 1, "a number of 0 or more, below 1")
+    return _number(text, float, lambda value: 0 <= value < 1, wanted="a number of 0 or more, below 1")
 
 
 def seed(text: str) -> int:
-    return _number(text, int, lambda value: 0 <= value < 2**63, "an integer of 0 or more")
+    return _number(text, int, lambda value: 0 <= value < 2**63, wanted="an integer of 0 or more")
 
 
 def port(text: str) -> int:
-    return _number(text, int, lambda value: 0 < value < 2**16, "a number from 1 to 65535")
+    return _number(text, int, lambda value: 0 < value < 2**16, wanted="a number from 1 to 65535")
 
 
 def plain_name(text: str) -> str:
@@ -607,7 +607,7 @@ def file_to_write(*suffixes: str) -> Callable[[str], Path]:
     return parse
 
 
-def _number(text, kind, accepted, wanted, largest=math.inf):
+def _number(text, kind, accepted, *, wanted, largest=math.inf):
     try:
         value = kind(text)
     except ValueError:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -78,6 +78,16 @@ def _advice(error):
     return advice.get(error.errno, "check the path")
 
 
+@contextlib.contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Name a file in errors of writing it: those of a full disk do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def _usable(stream: TextIO | None) -> TextIO:
     """A stream that prints every text: names and signs that its encoding lacks are escaped. None: it was closed."""
     if stream is None:
@@ -93,11 +103,8 @@ def _run_and_flush(main):
         code = main()
     except SystemExit as exited:
         code = exited.code
-    try:
+    with naming("standard output"):
         sys.stdout.flush()
-    except OSError as error:
-        error.filename = "standard output"
-        raise
     return code
 
 

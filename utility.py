@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from files import write_whole
-from program import InputError
+from program import InputError, naming
 
 try:
     import resource
@@ -37,12 +37,9 @@ class Console(logging.Handler):
     """Prints log lines above the progress bars. Raises OSError if standard output cannot be written."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
+        with naming("standard output"):
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except OSError as error:
-            error.filename = "standard output"
-            raise
 
 
 def log_to_console() -> None:

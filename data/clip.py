@@ -296,7 +296,7 @@ class ClipWriter:
         time = self._next
         if source.pts is not None:
             time = round((source.pts * source.time_base - self.info.start) / time_base)
-        self._last = max(time, self._last + 1)  # times increase, even if those of a damaged file do not
+        self._last = max(time, self._last + 1)  # times increase, even if the file is damaged and its times do not
         self._next = self._last + step
         frame.pts, frame.duration, frame.time_base = self._last, step, time_base
         self._encode(frame)

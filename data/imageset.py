@@ -93,7 +93,7 @@ def lr_names(name: str, scale: int, hr_names: Container[str]) -> list[str]:
 
 
 def check_sizes(hr: Path, lr: Path, scale: int) -> None:
-    """Raise InputError unless height and width of the LR image are those of the HR image / scale, rounded down.
+    """Raise InputError unless the LR image has the height and width of the HR image / scale, rounded down.
 
     Also raises InputError if a file cannot be read.
     """

@@ -54,10 +54,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int | None:
     args = parse(sys.argv[1:] if argv is None else argv)
+    images = getattr(args, "images", None)
+    inputs = [getattr(args, "pre_train", None), *(images.glob("*") if images else ())]
     for name in ("json", "plot"):
         if output := getattr(args, name, None):
-            images = getattr(args, "images", None)
-            inputs = [getattr(args, "pre_train", None), *(images.glob("*") if images else ())]
             check_outputs([output], inputs, argument=name)
     return COMMANDS[args.command].run(args)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data import BENCHMARK_SETS
 from loading import WEB_PAGE
-from program import InputError
+from program import InputError, naming
 from tools.unpack import check_space, find_members, n_published, unpack
 from utility import progress_bar
 
@@ -174,17 +174,10 @@ def _transfer(url, part):
             for chunk in response.iter_content(CHUNK_BYTES):
                 if not done and not bar.n and chunk.lstrip().lower().startswith(WEB_PAGE):
                     raise InputError(f"{url}: the server sends a web page, not the archive; pass another --url")
-                _write(file, chunk)
+                with naming(part):
+                    file.write(chunk)
                 bar.update(len(chunk))
 
 
 def _size(path):
     return path.stat().st_size if path.exists() else 0
-
-
-def _write(file, chunk):
-    try:
-        file.write(chunk)
-    except OSError as error:
-        error.filename = file.name  # the error of a full disk does not name the file
-        raise

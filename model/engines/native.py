@@ -93,9 +93,8 @@ def to_winograd(weight: torch.Tensor) -> torch.Tensor:
 
 def to_panels(matrices: torch.Tensor) -> torch.Tensor:
     """Matrices (M, K, N) -> (N / PANEL, M, K, PANEL), in the order in which they are read; N is padded."""
-    panels = -(-matrices.shape[2] // PANEL)
-    padded = pad_to(matrices, panels * PANEL)
-    return padded.unflatten(2, (panels, PANEL)).permute(2, 0, 1, 3)
+    columns = round_up(matrices.shape[2], PANEL)
+    return pad_to(matrices, columns).unflatten(2, (columns // PANEL, PANEL)).permute(2, 0, 1, 3)
 
 
 def branch_size(plan: Plan) -> int:

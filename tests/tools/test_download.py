@@ -19,7 +19,7 @@ import pytest
 from data import find_set
 from data.image import read_image
 from data.resize import downscale
-from program import InputError
+from program import InputError, naming
 from tools import download, unpack
 from tools.prepare_data import main
 
@@ -324,8 +324,12 @@ def test_a_disk_that_is_too_small_is_named(server, benchmark, tmp_path, monkeypa
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_disk_that_becomes_full_is_named():
-    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="/dev/full") as error:
-        download._write(full, b"x")
+    with (
+        open("/dev/full", "wb", buffering=0) as full,
+        pytest.raises(OSError, match="/dev/full") as error,
+        naming(full.name),
+    ):
+        full.write(b"x")
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "/dev/full")
 
 
