@@ -315,7 +315,7 @@ def test_video(args: argparse.Namespace, experiment: Experiment, model: Network,
         raise InputError(f"{clip}: {problem}", argument="dir_demo")
     name = f"{clip.stem}_x{args.scale}_SR.mp4"
     check_name(name, clip)
-    read_info(clip)  # raises InputError before anything is deleted
+    info = read_info(clip)
     results = Results(experiment.results_folder("video", args.scale))
     target, made_from = results.folder / name, digest([clip], made_with(args, model))
     if not args.reset:
@@ -328,7 +328,7 @@ def test_video(args: argparse.Namespace, experiment: Experiment, model: Network,
         results.remove(name, [name])
     results.record(name, made_from, [name], {})
     upscale = functools.partial(model.upscale, predict=predict)
-    count = upscale_video(upscale, clip, target, scale=args.scale, n_colors=args.n_colors, key=made_from)
+    count = upscale_video(upscale, info, target, scale=args.scale, n_colors=args.n_colors, key=made_from)
     write_options(results.folder / "options.json", vars(args), option.defaults())
     logger.info(f"{count} frames written to {target}")
     return 0

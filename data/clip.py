@@ -55,6 +55,7 @@ def import_pyav(path: Path) -> Any:
 class ClipInfo:
     """What all frames of a video share."""
 
+    path: Path
     stored_size: tuple[int, int]  # width, height
     stored_aspect: Fraction  # width of a pixel over its height
     turn: tuple[tuple[int, int], tuple[int, int]]  # ((a, b), (c, d)): stored (x, y) is shown at (a x + c y, b x + d y)
@@ -193,6 +194,7 @@ def read_info(path: Path) -> ClipInfo:
         if is_wide or matrix not in SWSCALE_MATRICES:
             raise InputError(f"{path}: has HDR or wide-gamut colors; convert it to BT.709 first, e.g. with ffmpeg")
         return ClipInfo(
+            path=path,
             stored_size=(frame.width, frame.height),
             stored_aspect=clip.video.sample_aspect_ratio or clip.video.codec_context.sample_aspect_ratio or Fraction(1),
             turn=_turn(frame),

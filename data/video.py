@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.clip import ClipReader, ClipWriter, SoundError, read_info
+from data.clip import ClipInfo, ClipReader, ClipWriter, SoundError
 from data.image import read_image, write_png
 from picture import to_colors
 from utility import logger, progress_bar
@@ -16,14 +16,14 @@ from utility import logger, progress_bar
 
 def upscale_video(
     upscale: Callable[[np.ndarray], np.ndarray],
-    path: Path,
+    info: ClipInfo,
     target: Path,
     *,
     scale: int,
     n_colors: int = 3,
     key: str = "",
 ) -> int:
-    """Upscale the video `path` to `target`, an MP4 file with the same times of frames, pixel shape, colors and sound.
+    """Upscale a video to `target`, an MP4 file with the same times of frames, pixel shape, colors and sound.
 
     Rotated videos are turned upright. Codecs halve the resolution of colors, so the last row or column of a frame of
     odd size is repeated.
@@ -33,6 +33,7 @@ def upscale_video(
 
     Args:
         upscale: uint8 (H, W, n_colors) -> uint8 (scale H, scale W, n_colors)
+        info: the video, see data.clip.read_info
         n_colors: 1 (gray) or 3 (RGB)
         key: a digest of all that the frames depend on: the video, the weights, options
 
@@ -40,24 +41,23 @@ def upscale_video(
         the number of frames
 
     Raises:
-        InputError: `path` is not a video, holds no frames or HDR, or `target` cannot be written; or PyAV is missing
+        InputError: `target` cannot be written
     """
-    info = read_info(path)
     if info.is_interlaced:
-        logger.warning(f"{path}: is interlaced, and the result will show it; deinterlace it first")
+        logger.warning(f"{info.path}: is interlaced, and the result will show it; deinterlace it first")
     frames = target.with_name(f"frames-{key[:16]}")
     frames.mkdir(exist_ok=True)
     unfinished = frames / f"{os.getpid()}.tmp"
 
     def write(with_sound):
         with (
-            ClipReader(path, with_sound) as clip,
+            ClipReader(info.path, with_sound) as clip,
             contextlib.closing(ClipWriter(unfinished, target, info, scale=scale, sound=clip.sound)) as writer,
         ):
             return _upscale_frames(upscale, clip, writer, frames=frames, n_colors=n_colors)
 
     try:
-        count = _with_sound_if_possible(write, path)
+        count = _with_sound_if_possible(write, info.path)
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.clip import read_info
 from data.video import upscale_video
 from main import main
 from program import InputError
@@ -28,7 +29,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def upscale(folder, function=doubled, clip="clip.mkv", **settings):
-    return upscale_video(function, folder / clip, folder / "out.mp4", scale=2, **settings)
+    return upscale_video(function, read_info(folder / clip), folder / "out.mp4", scale=2, **settings)
 
 
 @pytest.mark.parametrize("n_colors", [1, 3])
@@ -117,7 +118,7 @@ def test_interrupted_videos_are_resumed(folder):
     rest = Interrupted(4)
     assert upscale(folder, rest, key="weights") == 7
     assert rest.left == 0
-    upscale_video(doubled, folder / "clip.mkv", folder / "whole.mp4", scale=2)
+    upscale_video(doubled, read_info(folder / "clip.mkv"), folder / "whole.mp4", scale=2)
     assert (folder / "out.mp4").read_bytes() == (folder / "whole.mp4").read_bytes()
 
 
@@ -169,7 +170,7 @@ def test_problems_are_found_before_any_work_and_leave_nothing(folder):
 
 def test_long_names_are_supported(folder):
     name = "n" * 245
-    upscale_video(doubled, folder / "clip.mkv", folder / f"{name}.mp4", scale=2)
+    upscale_video(doubled, read_info(folder / "clip.mkv"), folder / f"{name}.mp4", scale=2)
     assert Content(f"{name}.mp4").size == (48, 64)
 
 
