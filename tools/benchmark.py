@@ -16,7 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from files import check_outputs
 from option import Parser
 from program import run_program
 from tools import benchmark_data, benchmark_gpu, benchmark_inference, benchmark_onnx, benchmark_train
@@ -54,11 +53,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int | None:
     args = parse(sys.argv[1:] if argv is None else argv)
-    images = getattr(args, "images", None)
-    inputs = [getattr(args, "pre_train", None), *(images.glob("*") if images else ())]
-    for name in ("json", "plot"):
-        if output := getattr(args, name, None):
-            check_outputs([output], inputs, argument=name)
     return COMMANDS[args.command].run(args)
 
 

@@ -152,5 +152,5 @@ def test_a_broken_image_is_named_and_the_others_are_timed(tmp_path, weights, cap
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {tmp_path / 'b.png'}: not an image")
     assert [row["name"] for row in json.loads((tmp_path / "out.json").read_text())["images"]] == ["a.bmp", "a.png"]
     with pytest.raises(InputError, match="would overwrite") as error:
-        main([*line, "--json", weights])
-    assert error.value.argument == "json"
+        main([*line, "--plot", str(tmp_path / "a.png")])
+    assert error.value.argument == "plot"

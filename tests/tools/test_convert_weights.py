@@ -36,7 +36,7 @@ def test_mistakes(tmp_path, monkeypatch, tiny):
     monkeypatch.chdir(tmp_path)
     torch.save(tiny.state_dict(), "w.pt")
     for line, message in (
-        ("--pre_train w.pt --output w.onnx", r"'w\.onnx' does not end with \.pt, \.pth or \.safetensors"),
+        ("--pre_train w.pt --output w.onnx", r"'w\.onnx' does not end with \.pt or \.pth or \.safetensors"),
         ("--pre_train w.pt --output w.pt", r"--output w\.pt: already exists; choose another name"),
         ("--pre_train absent.pt --output new.pt", r"absent\.pt: no such weights file"),
     ):
