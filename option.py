@@ -34,7 +34,7 @@ TRAINING_FLAGS = (
     *("gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma", "tau_min"),
     *("tau_epochs", "lambda_warmup", "save_models", "print_every", "tensorboard", "images_every"),
 )
-TEST_ONLY_FLAGS = ("chop", "self_ensemble", "save_results", "save_masks", "metrics")
+TEST_ONLY_FLAGS = ("chop", "self_ensemble", "save_results", "save_masks", "metrics", "dir_demo")
 MODEL_FLAGS = (
     *("model", "scale", "n_feats", "n_blocks", "n_layers", "n_resblocks"),
     *("res_scale", "n_colors", "rgb_range"),
@@ -47,11 +47,46 @@ PRECISIONS = ("single", "half", "bf16")
 ENGINES = ("auto", "plain", "fused", "native")
 CACHE_KINDS = ("img", "sep", "sep_reset", "bin", "device")
 LARGEST = 10**9  # of all numbers without a bound of their own: float32 and 64-bit integers hold their products
+DESCRIPTION = """
+SMSR: train, test and run networks for efficient image super-resolution.
+
+train      python main.py --save mine --scale 2 --data_train DIV2K
+resume     python main.py --load mine
+test       python main.py --load mine --test_only --data_test Set5+Set14
+upscale    python main.py --load mine --test_only --save_results \\
+               --data_test demo --dir_demo photos
+
+Runs are kept in experiment/. --pre_train FILE uses other weights than those of
+a run, for example experiment/released/SMSR_X2/model/model_best.pt.
+""".strip()
 OnOff = argparse.BooleanOptionalAction  # so that a resumed run can switch it off
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every option that has one, and what kind of value an option takes."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        value = action.default
+        has_none = isinstance(value, bool) or value in (None, "", [], math.inf, argparse.SUPPRESS)
+        if has_none or "(default: " in action.help:
+            return action.help
+        if action.nargs:
+            shown = " ".join(map(str, value))
+        else:
+            shown = f"{value:g}" if isinstance(value, float) else flag_value(action.dest, value)
+        return f"{action.help} (default: {shown})"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if action.dest == "pre_train":
+            return "FILE"
+        return {None: "NAME", Path: "PATH"}.get(action.type, "N")
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a mistake as an InputError, in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": HelpFormatter, **options})
 
     def error(self, message: str) -> None:
         start, _, names = message.partition(": ")
@@ -60,14 +95,6 @@ class Parser(argparse.ArgumentParser):
         elif start == "the following arguments are required":
             message = f"{names}: missing"
         raise InputError(f"{message.removeprefix('argument ')}; see --help")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of every option that has one; a switch is off by default."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, "") and not isinstance(action.default, bool)
-        return super()._get_help_string(action) if has_default else action.help
 
 
 def parse(argv: Sequence[str] | None = None, stored: dict[str, Any] | None = None) -> argparse.Namespace:
@@ -201,11 +228,7 @@ def settings(settings_class: type, args: argparse.Namespace, **given: Any) -> An
 
 def build_parser() -> Parser:
     """The parser of main.py."""
-    parser = Parser(
-        description="SMSR: train, test and run networks for efficient image super-resolution.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(usage="%(prog)s [--option value ...]", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--template", choices=TEMPLATES, help="use the defaults of a preset")
     _add_machine_options(parser.add_argument_group("machine"))
     _add_data_options(parser.add_argument_group("data"))
@@ -232,13 +255,19 @@ def _add_machine_options(group):
 
 
 def _add_data_options(group):
-    group.add_argument("--dir_data", default="dataset", help="folder of the image sets")
+    group.add_argument("--dir_data", metavar="DIR", default="dataset", help="folder of the image sets")
     group.add_argument(
-        "--dir_demo", default="", help="your images (a folder or a file) for --data_test demo; a file for video"
+        "--dir_demo",
+        metavar="PATH",
+        default="",
+        help="your images (a folder or a file) for --data_test demo; a file for video",
     )
-    group.add_argument("--data_train", type=names, default=["DIV2K"], help="training sets, e.g. DIV2K+Flickr2K")
+    group.add_argument(
+        "--data_train", metavar="SETS", type=names, default=["DIV2K"], help="training sets, e.g. DIV2K+Flickr2K"
+    )
     group.add_argument(
         "--data_test",
+        metavar="SETS",
         type=names,
         default=["DIV2K"],
         help="test sets, e.g. Set5+Set14 (the first set selects the best epoch), or demo, or video",
@@ -265,7 +294,7 @@ def _add_data_options(group):
 
 
 def _add_network_options(group):
-    group.description = "Sizes default to the sizes of --pre_train, or else to the network's own defaults."
+    group.description = "Sizes default to those of --pre_train, or else to the network's own."
     group.add_argument("--model", default="SMSR", help="SMSR or EDSR")
     group.add_argument("--pre_train", default="", help="weights file to start from, or to test")
     group.add_argument("--n_feats", type=at_most(4096), help="feature channels")
@@ -332,10 +361,13 @@ def _add_training_options(group):
 
 def _add_loss_options(group):
     group.add_argument(
-        "--loss", default="1*L1", help="weighted sum, e.g. 1*L1+0.1*VGG54; L1 MSE VGG22 VGG54 GAN WGAN ..."
+        "--loss",
+        metavar="TERMS",
+        default="1*L1",
+        help="weighted sum, e.g. 1*L1+0.1*VGG54; L1 MSE VGG22 VGG54 GAN WGAN ...",
     )
     group.add_argument("--lambda_sparsity", type=non_negative_float, default=0.1, help="weight of the sparsity loss")
-    group.add_argument("--vgg_weights", help="file with torchvision's VGG19 weights")
+    group.add_argument("--vgg_weights", metavar="FILE", help="file with torchvision's VGG19 weights")
     group.add_argument(
         "--gan_k", type=at_most(100), default=1, help="discriminator steps per batch, or part of a batch"
     )
@@ -350,6 +382,7 @@ def _add_optimizer_options(group):
     group.add_argument("--weight_decay", type=non_negative_float, default=0.0, help="L2 penalty on the weights")
     group.add_argument(
         "--decay",
+        metavar="EPOCHS",
         type=milestones,
         help="halve the learning rate every N epochs (N), or at epochs A, B and C (A-B-C); "
         "200 for 1000 epochs, in proportion for others",
@@ -497,6 +530,8 @@ def _check_test(args):
         raise InputError("--inference sparse: EDSR has no masked work to skip; leave it out")
     if args.save_masks and args.model == "EDSR":
         raise InputError("--save_masks: EDSR has no masks; leave it out")
+    if args.dir_demo and not set(args.data_test) & set(RESERVED_SET_NAMES):
+        raise InputError("--dir_demo: is read by --data_test demo and video alone; add one of them, or leave it out")
     if args.save_masks and args.self_ensemble:
         raise InputError("--save_masks: shows the masks of one pass, but --self_ensemble makes eight; leave one out")
 

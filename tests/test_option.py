@@ -194,6 +194,8 @@ def test_settings_are_filled_with_options_of_the_same_names():
         ("--save_masks", "--save_masks: is for tests; add --test_only"),
         ("--self_ensemble", "--self_ensemble: is for tests; add --test_only"),
         ("--chop", "--chop: is for tests; add --test_only"),
+        ("--dir_demo photos", "--dir_demo: is for tests; add --test_only"),
+        ("--test_only --data_test Set5 --dir_demo photos", "--dir_demo: is read by --data_test demo and video alone"),
         ("--save_masks --self_ensemble --test_only", "--save_masks: shows the masks of one pass"),
         ("--save_masks --model EDSR --test_only", "--save_masks: EDSR has no masks"),
         ("--data_test demo", "--data_test demo: has no HR images .* add --test_only"),
@@ -269,12 +271,16 @@ def test_options_of_a_training_are_listed_in_a_test():
     assert ignored_in_tests(["--test_only", "--seed", "1"]) == []
 
 
-def test_help_shows_defaults_only_where_there_are_some():
-    text = build_parser().format_help()
+def test_help_begins_with_examples_explains_all_options_and_shows_defaults_where_there_are_some():
+    parser = build_parser()
+    text = parser.format_help()
+    assert all(action.help for action in parser._actions)
     assert "(default: 0.0002)" in text
     assert "(default: None)" not in text
     assert "(default: False)" not in text
     assert "(default: )" not in text
+    assert text.index("python main.py --load mine --test_only") < text.index("--seed N")
+    assert max(map(len, text.splitlines())) <= int(os.environ.get("COLUMNS", "80"))
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="selects processors as Linux does")

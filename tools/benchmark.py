@@ -32,14 +32,13 @@ DEFAULT_COMMAND = "inference"
 
 def build_parser() -> Parser:
     """One subparser per command. Its description is the docstring of the module of that command."""
-    parser = Parser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="benchmark.py", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         subparser = subparsers.add_parser(
             name,
             help=module.__doc__.splitlines()[0],
             description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(subparser)
     return parser

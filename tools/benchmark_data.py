@@ -43,14 +43,20 @@ WARM_UP_STEPS = 8  # batches in the first round; their speed determines the numb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=parse_size, default=(1356, 2040), metavar="HxW", help="size of the HR images")
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        default=(1356, 2040),
+        metavar="HxW",
+        help="size of the HR images (default: 1356x2040)",
+    )
     parser.add_argument("--images", type=positive_int, default=8, help="number of image pairs")
     parser.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels per side of a patch")
-    parser.add_argument("--batch_size", type=positive_int, default=16)
+    parser.add_argument("--batch_size", type=positive_int, default=16, help="patches per batch")
     parser.add_argument("--n_threads", type=count, default=1, help="number of data-loading worker processes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--seconds", type=positive_float, default=2, help="duration of a round per kind of cache")
-    parser.add_argument("--rounds", type=positive_int, default=5)
+    parser.add_argument("--rounds", type=positive_int, default=5, help="number of rounds")
     parser.add_argument("--json", type=file_to_write(".json"), metavar="FILE", help="write the results to this file")
 
 

@@ -50,7 +50,12 @@ COLUMNS = ("unmasked", "unmasked_graph", "compiled_graph", "fused", "fused_graph
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pre_train", type=Path, default=DEFAULT_WEIGHTS, help="weights of an SMSR network")
+    parser.add_argument(
+        "--pre_train",
+        type=Path,
+        default=DEFAULT_WEIGHTS,
+        help="weights of an SMSR network (default: the released ones for x2)",
+    )
     parser.add_argument("--repeats", type=positive_int, default=15, help="number of timed calls per network")
     parser.add_argument("--json", type=file_to_write(".json"), metavar="FILE", help="write the results to this file")
 

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--compile", action="store_true", help="time each precision compiled, too")
     parser.add_argument("--scale", type=positive_int, default=2, help="upscaling factor")
-    parser.add_argument("--batch_size", type=positive_int, default=16)
+    parser.add_argument("--batch_size", type=positive_int, default=16, help="patches per batch")
     parser.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels per side of a patch")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--threads", type=positive_int, help="number of CPU threads (default: PyTorch's choice)")

@@ -7,7 +7,6 @@ It is built for networks of the sizes of these weights, for this processor, into
 Where the result runs, no compiler is needed.
 """
 
-import argparse
 import logging
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from program import InputError, run_program
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="build_native.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="build_native.py", description=__doc__)
     parser.add_argument(
         "--pre_train", nargs="+", default=[], help="weights of SMSR networks (default: the sizes of the paper)"
     )

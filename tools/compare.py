@@ -27,7 +27,7 @@ from visualize import comparison
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--image", type=Path, required=True, help="high-resolution image")
     parser.add_argument("--crop", type=crop, required=True, metavar="X,Y,W,H", help="part of the image, in pixels")
     parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="bicubic, hr or a weights file")

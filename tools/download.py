@@ -47,7 +47,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--scales", type=int, nargs="+", choices=DIV2K_SCALES, help="of the LR images of DIV2K (default: 2)"
     )
-    command.add_argument("--out", type=Path, default=Path("dataset"), help="folder to write to (default: dataset)")
+    command.add_argument("--out", type=Path, default=Path("dataset"), help="folder to write to")
     command.add_argument("--url", help="address of a folder with the same archives, on a mirror")
     command.add_argument(
         "--sha256",

@@ -30,7 +30,7 @@ from utility import PRECISIONS
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--pre_train", type=Path, required=True, help="weights of an SMSR or an EDSR")
     parser.add_argument(
         "--output", type=file_to_write(".onnx"), required=True, metavar="FILE.onnx", help="file to write"
@@ -45,13 +45,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--precision",
         choices=("single", "half"),
         default="single",
-        help="floating-point precision of weights and features (default: single)",
+        help="floating-point precision of weights and features",
     )
     parser.add_argument(
         "--pixels",
         choices=PIXELS,
         default="uint8",
-        help="data type of input and output images; float: that of --precision, not clamped (default: uint8)",
+        help="data type of input and output images; float: that of --precision, not clamped",
     )
     parser.add_argument(
         "--res_scale",

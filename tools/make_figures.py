@@ -7,7 +7,6 @@ picture of the report needs selenium, chromium and chromedriver; without them it
 is 1. docs/density.png is a measurement, which tools/benchmark.py --plot makes.
 """
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -28,7 +27,7 @@ REPORT_SIZE = (1280, 1110)  # CSS pixels: the table and the first image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the pictures (default: docs)")
     parser.add_argument(
         "--released", type=Path, default=RELEASED, help="folder of the runs whose curves are drawn (default: released)"

@@ -3,7 +3,6 @@
 python tools/plot_masks.py --pre_train experiment/released/SMSR_X2/model/model_best.pt --output channels.png
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from visualize import channel_sheet
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--pre_train", type=Path, required=True, help="SMSR weights")
     parser.add_argument("--output", type=file_to_write(".png"), required=True, metavar="FILE.png", help="file to write")
     args = parser.parse_args(argv)

@@ -65,7 +65,7 @@ class TargetSet:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{download,train,benchmark,div2k,check}")
     download.add_arguments(commands.add_parser("download", help="download a published set and unpack it"))
     train = commands.add_parser("train", help="make a training set")
@@ -92,7 +92,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _add_set_arguments(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=make_set)
     command.add_argument("--hr", type=Path, nargs="+", required=True, help="folders of HR images in any format")
-    command.add_argument("--name", type=plain_name, required=True, help="name of the set")
+    command.add_argument("--name", type=plain_name, required=True, metavar="NAME", help="name of the set")
     command.add_argument("--scales", type=positive_int, nargs="+", required=True, help="upscaling factors, e.g. 2 3 4")
     command.add_argument("--out", type=Path, required=True, help=OUT_HELP)
 

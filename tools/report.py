@@ -102,7 +102,7 @@ class Run:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="experiment/NAME", help="folders of runs")
     parser.add_argument("--output", type=Path, help="folder to write to (default: the folder of the first run)")
     parser.add_argument("--images", type=count, default=3, help="number of hardest images to show per set")

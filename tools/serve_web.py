@@ -9,7 +9,6 @@ Browsers run WebAssembly in several threads only on pages that are isolated from
 headers below. If you host the page on another server, it must send them too.
 """
 
-import argparse
 import functools
 import http.server
 import sys
@@ -66,9 +65,9 @@ def build_server(model: Path, port: int = 8000) -> http.server.ThreadingHTTPServ
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="FILE.onnx", help="exported network")
-    parser.add_argument("--port", type=port, default=8000, help="port to listen on (default: 8000)")
+    parser.add_argument("--port", type=port, default=8000, help="port to listen on")
     args = parser.parse_args(argv)
     with build_server(args.model, args.port) as server:
         print(f"http://localhost:{args.port}", flush=True)
