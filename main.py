@@ -90,6 +90,8 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
     model = build_network(args, weights, args.pre_train or args.load, transfer=state is None)
     model = model.to(device, memory_format=torch.channels_last)
     check_memory(args, model)
+    if args.dense_epochs and state is None:
+        model.open_masks()
     trainer = build_trainer(args, model, experiment, deadline)
     if state:
         trainer.load_state(state)

@@ -18,6 +18,10 @@ TEMPLATES = {
     "SMSR": {"model": "SMSR"},
     "EDSR_baseline": {"model": "EDSR", "lr": 1e-4},
     "EDSR_paper": {"model": "EDSR", "lr": 1e-4, "n_resblocks": 32, "n_feats": 256, "res_scale": 0.1},
+    "short": {  # hours on a CPU: half without masks, then slow schedules for the masks
+        **{"patch_size": 48, "batch_size": 8, "test_every": 300, "epochs": 60, "ema": 0.999, "dense_epochs": 30},
+        **{"decay": [40, 48, 55], "lambda_warmup": 15, "tau_epochs": 33},
+    },
     "GAN": {"epochs": 200, "lr": 5e-5, "decay": [150], "loss": "5*VGG54+0.15*GAN"},
 }
 
@@ -32,7 +36,7 @@ TRAINING_FLAGS = (
     *("data_train", "ext", "patch_size", "no_augment", "compile", "test_every", "epochs", "batch_size", "split_batch"),
     *("gclip", "skip_threshold", "max_bad_steps", "ema", "loss", "lambda_sparsity", "vgg_weights"),
     *("gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma", "tau_min"),
-    *("tau_epochs", "lambda_warmup", "save_models", "print_every", "tensorboard", "images_every"),
+    *("dense_epochs", "tau_epochs", "lambda_warmup", "save_models", "print_every", "tensorboard", "images_every"),
 )
 TEST_ONLY_FLAGS = ("chop", "self_ensemble", "save_results", "save_masks", "metrics", "dir_demo")
 MODEL_FLAGS = (
@@ -186,7 +190,8 @@ def _scale_schedules(args):
     """Use the schedules of the paper where none is given, scaled in proportion to --epochs."""
     for key, value in PAPER_SCHEDULES.items():
         if getattr(args, key) is None:
-            lengths = [max(1, round(length * args.epochs / 1000)) for length in (value if key == "decay" else [value])]
+            epochs = args.epochs if key == "decay" else max(args.epochs - args.dense_epochs, 0)
+            lengths = [max(1, round(length * epochs / 1000)) for length in (value if key == "decay" else [value])]
             setattr(args, key, lengths if key == "decay" else lengths[0])
 
 
@@ -386,6 +391,12 @@ def _add_optimizer_options(group):
         type=milestones,
         help="halve the learning rate every N epochs (N), or at epochs A, B and C (A-B-C); "
         "200 for 1000 epochs, in proportion for others",
+    )
+    group.add_argument(
+        "--dense_epochs",
+        type=count,
+        default=0,
+        help="train the first N epochs without masks, which is faster; tau and lambda begin after them",
     )
     group.add_argument(
         "--gamma", type=at_most(1, positive_float), default=0.5, help="factor of each learning-rate decay"

@@ -56,14 +56,20 @@ class Schedules:
     tau_epochs: int = 500
     lambda_sparsity: float = 0.1
     lambda_warmup: int = 50
+    dense_epochs: int = 0  # the first epochs, which train without masks; tau and lambda begin after them
 
     def at(self, epoch: int) -> tuple[float, float, float]:
         """Learning rate, tau and lambda."""
+        masked_epoch = max(epoch - self.dense_epochs, 1)
         return (
             learning_rate(epoch, self.lr, self.decay, self.gamma),
-            temperature(epoch, self.tau_min, self.tau_epochs),
-            sparsity_weight(epoch, self.lambda_sparsity, self.lambda_warmup),
+            temperature(masked_epoch, self.tau_min, self.tau_epochs),
+            sparsity_weight(masked_epoch, self.lambda_sparsity, self.lambda_warmup) if self.has_masks(epoch) else 0.0,
         )
+
+    def has_masks(self, epoch: int) -> bool:
+        """Whether an epoch trains with masks."""
+        return epoch > self.dense_epochs
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -211,7 +217,7 @@ class Trainer:
         return self.training_step(
             self.model.to_input(lr_images),
             self.model.to_input(hr_images),
-            tau=tau,
+            tau=tau if self.schedules.has_masks(self.epoch) else None,
             lambda_=lambda_,
             largest_loss=largest_loss,
             noise_seed=int(words.generate_state(1, "u8")[0] >> 1),

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class TrainingForward(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, list]:
+    def forward(self, x: torch.Tensor, tau: torch.Tensor | None) -> tuple[torch.Tensor, list]:
         return self.model.training_forward(x, tau)
 
 
@@ -116,23 +116,26 @@ class TrainingStep:
         self._written = [*model.parameters(), *(self.ema.module.parameters() if self.ema else ())]
         self._averages = False  # whether the moving average has begun; the first one is the weights
         self._names: Sequence[str] = ()  # of the values that a step reports
-        self._run = self._graphed() if settings.compile and model.device.type == "cuda" else self._take
+        self._is_graphed = settings.compile and model.device.type == "cuda" and self._allows_graph()
+        self._runs: dict[bool, Callable] = {}  # the step as it runs with masks (True) or without: one of them
 
     def __call__(
         self,
         lr_images: torch.Tensor,
         hr_images: torch.Tensor,
-        tau: torch.Tensor,
+        tau: torch.Tensor | None,
         lambda_: torch.Tensor,
         largest_loss: torch.Tensor,
         noise_seed: int,
     ) -> StepResult:
         """LR (N, C, P, P) and HR (N, C, sP, sP) in 0...rgb_range; tau, lambda_ and largest_loss are tensors ().
 
+        Without a tau, the step runs without masks.
         noise_seed seeds the noise of the masks; a loss above largest_loss skips the step.
         """
         torch.manual_seed(noise_seed)
-        values, is_good, *masks = self._run(lr_images, hr_images, tau, lambda_, largest_loss)
+        inputs = [lr_images, hr_images, lambda_, largest_loss, *([] if tau is None else [tau])]
+        values, is_good, *masks = self._run(has_masks=tau is not None)(*inputs)
         if self.ema:
             self.ema.n_averaged += 1
             self._averages = True
@@ -147,8 +150,14 @@ class TrainingStep:
             else:
                 group["lr"] = lr
 
-    def _graphed(self):
-        """The step as a CUDA graph, or without one if a graph cannot hold it, which is logged."""
+    def _run(self, has_masks):
+        """The step as it runs, which a graph records for one kind of step."""
+        if has_masks not in self._runs:
+            self._runs = {has_masks: StepGraph(self._take, self.model.device) if self._is_graphed else self._take}
+        return self._runs[has_masks]
+
+    def _allows_graph(self):
+        """Whether a CUDA graph can hold the step; if not, the reason is logged. Prepares the optimizer for a graph."""
         reason = None
         if distributed.world_size() > 1:
             reason = "several processes exchange gradients"
@@ -158,16 +167,16 @@ class TrainingStep:
             reason = "the loss trains a discriminator"
         if reason:
             logger.info(f"the training step runs without a CUDA graph: {reason}")
-            return self._take
+            return False
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         # A graph reads the learning rate from the device, where it can change.
         for group in self.optimizer.param_groups:
             group["lr"] = torch.full((), group["lr"], device=self.model.device)
             if "capturable" in group:
                 group["capturable"] = True
-        return StepGraph(self._take, self.model.device)
+        return True
 
-    def _take(self, lr_images, hr_images, tau, lambda_, largest_loss):
+    def _take(self, lr_images, hr_images, lambda_, largest_loss, tau=None):
         """The part of a step that a graph can hold: only tensors go in and out."""
         self.optimizer.zero_grad()
         with _fastest_convolutions():

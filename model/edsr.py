@@ -101,7 +101,7 @@ class EDSR(Network):
             f = map_tiles(block, f, tiles, halo=2)
         return map_tiles(self.tail, head + f, tiles, halo=2, scale=self.scale) + self.mean
 
-    def training_forward(self, x: torch.Tensor, tau: float | torch.Tensor) -> tuple[torch.Tensor, list]:
+    def training_forward(self, x: torch.Tensor, tau: float | torch.Tensor | None) -> tuple[torch.Tensor, list]:
         """SR images and an empty list: EDSR has no masks, so tau is ignored."""
         return self(x), []
 

@@ -127,6 +127,9 @@ class Network(nn.Module):
         """
         return read_hub_folder(cls, source)
 
+    def open_masks(self) -> None:
+        """Make every pixel important, where a training without masks begins; nothing in a network without masks."""
+
     @property
     def device(self) -> torch.device:
         return self.mean.device

@@ -22,6 +22,7 @@ from model.snapshot import Snapshot
 
 SPARSE, IMPORTANT = 0, 1  # index into the two spatial logits of a pixel
 DENSE = 0  # index into the two channel logits of a channel
+OPEN = 4.0  # the logit of importance where masks begin open
 
 Masks = tuple[torch.Tensor, torch.Tensor]  # of a module: m (N, 1, H, W) and c (1, C, L)
 
@@ -104,6 +105,22 @@ class SMM(nn.Module):
         c = gumbel_softmax(self.channel_logits, tau, dim=3)[..., DENSE]
         return m, c
 
+    def full_masks(self, x: torch.Tensor) -> Masks:
+        """Masks that keep everything, in the shapes of `sample_masks`: all of m and c is 1.
+
+        They give every parameter of the masks a gradient, 0, which training in several processes needs.
+        """
+        parameters = [*self.spatial_mask.parameters(), self.channel_logits]
+        one = 1 + 0 * sum(parameter.sum() for parameter in parameters)
+        return one.expand(len(x), 1, *x.shape[2:]), one.expand(self.channel_logits.shape[:3])
+
+    @torch.no_grad()
+    def open_masks(self) -> None:
+        """Make every pixel important, whatever the features: m is about 0.94 with the noise of tau = 1."""
+        logits = self.spatial_mask.logits
+        logits.weight.zero_()
+        logits.bias[SPARSE], logits.bias[IMPORTANT] = 0, OPEN
+
     def hard_spatial_mask(self, x: torch.Tensor) -> torch.Tensor:
         """The spatial mask of inference, bool (N, 1, H, W): the larger logit of each pixel, without noise."""
         logits = self.spatial_mask(x)
@@ -132,6 +149,14 @@ class SMM(nn.Module):
             thin = conv.weight * dense_pairs
             full, dense = F.conv2d(f, torch.cat([conv.weight, thin]), padding=1).chunk(2, 1)  # 2 (N, C, H, W)
             f = F.relu(m * full + (1 - m) * dense)
+            outputs.append(f)
+        return x + self.attention(self.collect(torch.cat(outputs, 1)))
+
+    def unmasked_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward` computes if all of m is 1, with half of its work: features (N, C, H, W), both."""
+        f, outputs = x, []
+        for conv in self.convs:
+            f = F.relu(conv(f))
             outputs.append(f)
         return x + self.attention(self.collect(torch.cat(outputs, 1)))
 
@@ -201,26 +226,43 @@ class SMSR(Network):
 
     # ---- training --------------------------------------------------------------------------------------------------
 
-    def training_forward(self, x: torch.Tensor, tau: float | torch.Tensor) -> tuple[torch.Tensor, list[Masks]]:
-        """Run with soft masks at temperature tau. Returns the SR images and, for the sparsity loss, K pairs (m, c)."""
-        return self._forward(x, lambda block, f: block.sample_masks(f, tau))
+    def training_forward(self, x: torch.Tensor, tau: float | torch.Tensor | None) -> tuple[torch.Tensor, list[Masks]]:
+        """Run with soft masks at temperature tau, or without masks if it is None.
+
+        Returns the SR images and, for the sparsity loss, K pairs (m, c).
+        """
+        if tau is None:
+            return self.unmasked_forward(x), [block.full_masks(x) for block in self.blocks]
+        masks = []
+
+        def run(block, f):
+            masks.append(block.sample_masks(f, tau))
+            return block(f, *masks[-1])
+
+        return self._forward(x, run), masks
 
     def masked_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute everything, then apply the hard masks: the reference of sparse inference. Returns SR images."""
-        return self._forward(x, SMM.hard_masks)[0]
+        return self._forward(x, lambda block, f: block(f, *block.hard_masks(f)))
 
-    def _forward(self, x: torch.Tensor, masks_of: Callable[[SMM, torch.Tensor], Masks]):
+    def unmasked_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute everything, as if all masks were 1. Returns SR images."""
+        return self._forward(x, SMM.unmasked_forward)
+
+    def open_masks(self) -> None:
+        for block in self.blocks:
+            block.open_masks()
+
+    def _forward(self, x: torch.Tensor, run: Callable[[SMM, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         height, width = x.shape[-2:]
         x = pad_to_multiple(x - self.mean, 2)  # the mask branch halves the resolution
         head = f = self.head(x)
-        outputs, masks = [], []
+        outputs = []
         for block in self.blocks:
-            m, c = masks_of(block, f)
-            f = block(f, m, c)
+            f = run(block, f)
             outputs.append(f)
-            masks.append((m, c))
         f = head + self.collect(torch.cat(outputs, 1))
-        return self.reconstruct(f, x)[..., : height * self.scale, : width * self.scale], masks
+        return self.reconstruct(f, x)[..., : height * self.scale, : width * self.scale]
 
     def reconstruct(self, f: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Features (N, C, H, W) and the input without its mean -> SR images (N, n_colors, scale H, scale W)."""

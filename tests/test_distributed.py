@@ -25,6 +25,7 @@ TRAIN = (
     "--test_every 3 --n_threads 0 --cpu --save run"
 )
 EDSR = f"{TRAIN} --model EDSR --n_feats 8 --n_resblocks 1 --optimizer SGD --lr 1e-5"
+UNMASKED = f"{TRAIN} --n_feats 8 --n_blocks 2 --n_layers 2 --dense_epochs 9 --optimizer SGD --lr 1e-5"
 
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -53,11 +54,12 @@ def columns(name):
     return [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
 
 
-def test_two_processes_train_as_one(folder):
-    """EDSR has no noise, so averaging the gradients of two halves of a batch must give the gradient of the whole."""
-    assert main(f"{EDSR} --epochs 2".split()) == 0
+@pytest.mark.parametrize("line", [EDSR, UNMASKED])
+def test_two_processes_train_as_one(folder, line):
+    """Without noise, averaging the gradients of two halves of a batch must give the gradient of the whole."""
+    assert main(f"{line} --epochs 2".split()) == 0
     shutil.move("experiment/run", "experiment/one")
-    done = run_in_two_processes(f"{EDSR} --epochs 1 --split_batch 2 --ext device")
+    done = run_in_two_processes(f"{line} --epochs 1 --split_batch 2 --ext device")
     assert done.returncode == 0, done.stderr
     assert main(["--load", "run", "--epochs", "2"]) == 0  # resumes as one process
     one, two = weights("one"), weights("run")

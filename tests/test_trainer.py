@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import functools
 import itertools
@@ -54,6 +55,16 @@ def test_schedules_combine_the_three():
     assert [schedules.at(epoch) for epoch in (1, 2, 4, 9)] == [
         pytest.approx(expected) for expected in ((1, 1, 0), (1, 0.9, 0.2), (0.1, 0.7, 0.6), (0.01, 0.7, 0.6))
     ]
+
+
+def test_tau_and_lambda_begin_after_the_epochs_without_masks():
+    schedules = Schedules(lr=1.0, decay=(3,), gamma=0.1)
+    later = dataclasses.replace(schedules, dense_epochs=4)
+    assert [later.at(epoch) for epoch in (1, 4)] == [(1.0, 1, 0), (pytest.approx(0.1), 1, 0)]
+    assert [later.at(epoch)[1:] for epoch in range(5, 99)] == [schedules.at(epoch - 4)[1:] for epoch in range(5, 99)]
+    assert dataclasses.replace(later, lambda_warmup=0).at(4)[2] == 0
+    assert not later.has_masks(4)
+    assert later.has_masks(5)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -130,8 +141,31 @@ def spy_on_forward(trainer):
     """The list to which every forward pass of the training adds its LR images and temperature."""
     seen = []
     forward = trainer.model.training_forward
-    trainer.model.training_forward = lambda lr, tau: (seen.append((lr, float(tau))), forward(lr, tau))[1]
+    trainer.model.training_forward = lambda lr, tau: (seen.append((lr, tau and float(tau))), forward(lr, tau))[1]
     return seen
+
+
+# ---- epochs without masks --------------------------------------------------------------------------------------------
+
+
+def test_the_first_epochs_train_without_masks(build):
+    trainer = build()
+    trainer.schedules = Schedules(dense_epochs=2, tau_epochs=10)
+    trainer.model.open_masks()
+    seen, before = spy_on_forward(trainer), copy.deepcopy(trainer.model.blocks)
+    assert trainer.fit(2)
+    for block, former in zip(trainer.model.blocks, before, strict=True):
+        assert not torch.equal(block.convs[0].weight, former.convs[0].weight)
+        assert torch.equal(block.channel_logits, former.channel_logits)
+        torch.testing.assert_close(block.spatial_mask.state_dict(), former.spatial_mask.state_dict(), rtol=0, atol=0)
+    assert trainer.fit(4)
+    assert [tau for _, tau in seen] == [None] * 2 * STEPS + [
+        pytest.approx(tau) for tau in [1.0] * STEPS + [0.9] * STEPS
+    ]
+    assert not torch.equal(trainer.model.blocks[0].channel_logits, before[0].channel_logits)
+    assert [row["active_1"] for row in trainer.history[:2]] == [1, 1]
+    assert [row["active_share_Tiny"] for row in trainer.history[:2]] == [1, 1]
+    assert all(0.8 < row["density_2"] < 1 for row in trainer.history[2:])
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------

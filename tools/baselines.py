@@ -20,32 +20,6 @@ from model.smsr import IMPORTANT, SMM, SMSR, SPARSE
 # ---- inference -------------------------------------------------------------------------------------------------------
 
 
-class UnmaskedAsWritten(nn.Module):
-    """The network of a trained SMSR without masks, computed as it is written.
-
-    Images (N, n_colors, H, W) in 0...rgb_range -> (N, n_colors, scale H, scale W).
-    """
-
-    def __init__(self, model: SMSR):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        model, (height, width) = self.model, x.shape[2:]
-        x = pad_to_multiple(x - model.mean, 2)
-        head = f = model.head(x)  # (N, C, H, W)
-        blocks = []
-        for block in model.blocks:
-            g, layers = f, []
-            for conv in block.convs:
-                g = F.relu(conv(g))
-                layers.append(g)
-            f = f + block.attention(block.collect(torch.cat(layers, 1)))  # (N, L C, H, W) -> (N, C, H, W)
-            blocks.append(f)
-        f = head + model.collect(torch.cat(blocks, 1))  # (N, K C, H, W) -> (N, C, H, W)
-        return model.reconstruct(f, x)[..., : height * model.scale, : width * model.scale]
-
-
 class Unmasked(nn.Module):
     """The network of a trained SMSR without masks, in the fastest form known for eager PyTorch.
 

@@ -51,7 +51,7 @@ from model.sparse import Plan
 from option import file_to_write, positive_int
 from picture import image_files, name_images
 from program import InputError, report_batch
-from tools.baselines import Unmasked, UnmaskedAsWritten, with_density
+from tools.baselines import Unmasked, with_density
 from tools.timing import peak_mib, say, timed
 from utility import PRECISIONS, pick_device, write_json
 from visualize import COLORS
@@ -167,7 +167,7 @@ def measure(model: SMSR, edsr: Network, x: torch.Tensor, repeats: int, compiled:
     _, cost = model.inference(x, "sparse")
     networks = {
         "unmasked_ms": Unmasked(model),
-        "as_written_ms": UnmaskedAsWritten(model),
+        "as_written_ms": model.unmasked_forward,
         "sparse_ms": functools.partial(model.inference, mode="sparse"),
         "auto_ms": functools.partial(model.inference, mode="auto"),
         "edsr_ms": edsr,

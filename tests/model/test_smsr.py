@@ -158,6 +158,22 @@ def test_training_reaches_every_parameter():
     assert all(((mask >= 0) & (mask <= 1)).all() for pair in masks for mask in pair)
 
 
+def test_without_masks_the_network_is_that_with_open_masks():
+    model, x = SMSR(2, n_feats=8, n_blocks=2, n_layers=3), torch.rand(2, 3, 5, 7) * 255
+    sr, masks = model.training_forward(x, tau=None)
+    assert all(torch.equal(m, torch.ones(2, 1, 5, 7)) and torch.equal(c, torch.ones(1, 8, 3)) for m, c in masks)
+    (sr.mean() + sum(m.mean() + c.mean() for m, c in masks)).backward()
+    for name, parameter in model.named_parameters():
+        if "spatial_mask" in name or "channel_logits" in name:
+            assert not parameter.grad.any()
+        elif "convs" in name:
+            assert parameter.grad.any()
+    assert not torch.allclose(model.masked_forward(x), sr)
+    model.open_masks()
+    torch.testing.assert_close(model.masked_forward(x), sr)
+    assert all(0.9 < m.mean() < 0.97 for m, _ in model.training_forward(torch.rand(4, 3, 32, 32), tau=1.0)[1])
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 2), (7, 9)])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("scale", [1, 2, 3, 4])
