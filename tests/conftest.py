@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # test processes share the cores,
 
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -96,6 +97,14 @@ def torchvision():
             library.define(f"{missing[1]}() -> ()")
             for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
                 del sys.modules[name]
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt as at a terminal, even if the tests run in the background with it ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 @pytest.fixture

@@ -321,18 +321,18 @@ def test_tiles_and_modes_give_the_same_image(folder, model):
 def limit_memory():
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (10 << 30, 10 << 30))
+    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
 def test_an_image_that_does_not_fit_in_memory_is_named_with_what_to_do(folder):
     torch.save(SMSR(2).state_dict(), "weights.pt")
     (folder / "photos").mkdir()
-    iio.imwrite("photos/huge.png", np.zeros((7000, 8000, 3), np.uint8))
+    iio.imwrite("photos/huge.png", np.zeros((4000, 5000, 3), np.uint8))
     line = "--data_test demo --dir_demo photos --pre_train weights.pt --test_only --save check --cpu"
     done = subprocess.run([*MAIN, *line.split()], capture_output=True, text=True, preexec_fn=limit_memory)
     assert done.returncode == 2, done.stderr
-    message = "error: --chop: huge: not enough memory for an image of 7000x8000 pixels; process it in tiles (chop)"
+    message = "error: --chop: huge: not enough memory for an image of 4000x5000 pixels; process it in tiles (chop)"
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 

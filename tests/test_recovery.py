@@ -12,14 +12,6 @@ from recovery import report_failures, resume_hint, stop_on_interrupt
 
 
 @pytest.fixture
-def interruptible():
-    """Ctrl-C raises KeyboardInterrupt as at a terminal, even if the tests run in the background with it ignored."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, former)
-
-
-@pytest.fixture
 def terminable():
     """SIGTERM is counted instead of ending the tests; returns the list of the signals received."""
     received = []

@@ -323,7 +323,7 @@ print(os.waitpid(child, 0)[1])
     assert run_script(lines, cache)[-1] == "0"
 
 
-def test_ctrl_c_between_strips():
+def test_ctrl_c_between_strips(interruptible):
     model = build_model(64, densities=(0.5,) * 8, dense=(24, 9, 3, 0))
     engine, x = NativeEngine(Plan(model)), torch.rand(1, 3, 400, 400) * 255
     small = x[..., :20, :20]
