@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         start, _, names = message.partition(": ")
         if start == "unrecognized arguments":
-            message = f"{names.split()[0]}: no such option"
+            message = f"{(names.split() or [repr(names)])[0]}: no such option"
         elif start == "the following arguments are required":
             message = f"{names}: missing"
         raise InputError(f"{message.removeprefix('argument ')}; see --help")
