@@ -90,8 +90,10 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
     model = build_network(args, weights, args.pre_train or args.load, transfer=state is None)
     model = model.to(device, memory_format=torch.channels_last)
     check_memory(args, model)
-    if args.dense_epochs and state is None:
+    if args.unmasked_epochs and state is None:
         model.open_masks()
+        if args.pre_train:
+            logger.info(f"--pre_train {args.pre_train}: its spatial masks are opened again")
     trainer = build_trainer(args, model, experiment, deadline)
     if state:
         trainer.load_state(state)

@@ -18,17 +18,20 @@ TEMPLATES = {
     "SMSR": {"model": "SMSR"},
     "EDSR_baseline": {"model": "EDSR", "lr": 1e-4},
     "EDSR_paper": {"model": "EDSR", "lr": 1e-4, "n_resblocks": 32, "n_feats": 256, "res_scale": 0.1},
-    "short": {  # hours on a CPU: half without masks, then slow schedules for the masks
-        **{"patch_size": 48, "batch_size": 8, "test_every": 300, "epochs": 60, "ema": 0.999, "dense_epochs": 30},
-        **{"decay": [40, 48, 55], "lambda_warmup": 15, "tau_epochs": 33},
-    },
-    "GAN": {"epochs": 200, "lr": 5e-5, "decay": [150], "loss": "5*VGG54+0.15*GAN"},
+    "short": {"model": "SMSR", "patch_size": 48, "batch_size": 8, "test_every": 300, "epochs": 60, "ema": 0.999},
+    "GAN": {"epochs": 200, "lr": 5e-5, "loss": "5*VGG54+0.15*GAN"},
+}
+# Schedules of a run of so many epochs, where none is given; a run of another length takes them in proportion.
+PAPER_SCHEDULES = {"epochs": 1000, "unmasked_epochs": 0, "decay": [200], "tau_epochs": 500, "lambda_warmup": 50}
+SCHEDULES = {  # of templates
+    "short": {"epochs": 60, "unmasked_epochs": 30, "decay": [40, 48, 55], "tau_epochs": 33, "lambda_warmup": 15},
+    "GAN": {"epochs": 200, "unmasked_epochs": 0, "decay": [150], "tau_epochs": 100, "lambda_warmup": 10},
 }
 
 # Options of a single call, which a resumed run does not take from its stored options.
 NOT_RESUMED = {
     *("cpu", "n_GPUs", "load", "save", "pre_train", "reset", "resume", "template"),
-    *("test_only", "dry_run", "time_limit"),
+    *("test_only", "dry_run", "time_limit", "dir_demo"),
 }
 RECORDED = ("pre_train", "template")  # of those, the ones that a resumed run keeps in its options.json
 # Options that only a training uses; the network, the machine and the name of the run have options of their own.
@@ -36,7 +39,7 @@ TRAINING_FLAGS = (
     *("data_train", "ext", "patch_size", "no_augment", "compile", "test_every", "epochs", "batch_size", "split_batch"),
     *("gclip", "skip_threshold", "max_bad_steps", "ema", "loss", "lambda_sparsity", "vgg_weights"),
     *("gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma", "tau_min"),
-    *("dense_epochs", "tau_epochs", "lambda_warmup", "save_models", "print_every", "tensorboard", "images_every"),
+    *("unmasked_epochs", "tau_epochs", "lambda_warmup", "save_models", "print_every", "tensorboard", "images_every"),
 )
 TEST_ONLY_FLAGS = ("chop", "self_ensemble", "save_results", "save_masks", "metrics", "dir_demo")
 MODEL_FLAGS = (
@@ -45,7 +48,6 @@ MODEL_FLAGS = (
 )
 DEFAULT_NAME = "test"  # of a run; a training that finds it taken chooses test-2, test-3 ...
 RESERVED_SET_NAMES = ("demo", "video")  # of --data_test: the user's own files
-PAPER_SCHEDULES = {"decay": [200], "tau_epochs": 500, "lambda_warmup": 50}  # for 1000 epochs
 INFERENCE_MODES = ("auto", "sparse", "dense")
 PRECISIONS = ("single", "half", "bf16")
 ENGINES = ("auto", "plain", "fused", "native")
@@ -81,8 +83,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {shown})"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        if action.dest == "pre_train":
-            return "FILE"
         return {None: "NAME", Path: "PATH"}.get(action.type, "N")
 
 
@@ -121,8 +121,8 @@ def parse(argv: Sequence[str] | None = None, stored: dict[str, Any] | None = Non
             resumed.remove("precision")  # in training it is not the precision of the whole network
         parser.set_defaults(**{key: value for key, value in stored.items() if key in resumed})
     args = parser.parse_args(argv)
-    _check_same_network(args, stored or {})
     _scale_schedules(args)
+    _check_same_run(args, stored or {})
     _check(args)
     return args
 
@@ -179,20 +179,28 @@ def flag_value(name: str, value: Any) -> str:
     return "" if value is True else str(value)
 
 
-def _check_same_network(args, stored):
-    for key in MODEL_FLAGS:
+def _check_same_run(args, stored):
+    """Raise InputError if a resumed run would get another network, or masks that are opened again or not at all."""
+    if stored:
+        stored = {"unmasked_epochs": 0} | stored  # version 0.1.0 had none
+    for key in (*MODEL_FLAGS, "unmasked_epochs"):
         if key in stored and stored[key] != getattr(args, key):
             found = "its network's own value" if stored[key] is None else stored[key]
             raise InputError(f"--{key} {getattr(args, key)}: the run has {found}; leave it out, or start another run")
 
 
 def _scale_schedules(args):
-    """Use the schedules of the paper where none is given, scaled in proportion to --epochs."""
-    for key, value in PAPER_SCHEDULES.items():
+    """Use the schedules of the template or the paper where none is given, in proportion to the length of the run."""
+    schedules = SCHEDULES.get(args.template, PAPER_SCHEDULES)
+    share = args.epochs / schedules["epochs"]
+    if args.unmasked_epochs is None:
+        args.unmasked_epochs = round(schedules["unmasked_epochs"] * share)
+    if args.decay is None:
+        args.decay = sorted({max(1, round(epoch * share)) for epoch in schedules["decay"]})
+    share = (args.epochs - args.unmasked_epochs) / (schedules["epochs"] - schedules["unmasked_epochs"])
+    for key in ("tau_epochs", "lambda_warmup"):  # these begin with the masks
         if getattr(args, key) is None:
-            epochs = args.epochs if key == "decay" else max(args.epochs - args.dense_epochs, 0)
-            lengths = [max(1, round(length * epochs / 1000)) for length in (value if key == "decay" else [value])]
-            setattr(args, key, lengths if key == "decay" else lengths[0])
+            setattr(args, key, max(1, round(schedules[key] * share)))
 
 
 def defaults() -> dict[str, Any]:
@@ -301,7 +309,7 @@ def _add_data_options(group):
 def _add_network_options(group):
     group.description = "Sizes default to those of --pre_train, or else to the network's own."
     group.add_argument("--model", default="SMSR", help="SMSR or EDSR")
-    group.add_argument("--pre_train", default="", help="weights file to start from, or to test")
+    group.add_argument("--pre_train", metavar="FILE", default="", help="weights file to start from, or to test")
     group.add_argument("--n_feats", type=at_most(4096), help="feature channels")
     group.add_argument("--n_blocks", type=at_most(1000), help="sparse mask modules of SMSR")
     group.add_argument("--n_layers", type=at_most(100), help="sparse mask convolutions per module")
@@ -393,10 +401,10 @@ def _add_optimizer_options(group):
         "200 for 1000 epochs, in proportion for others",
     )
     group.add_argument(
-        "--dense_epochs",
+        "--unmasked_epochs",
         type=count,
-        default=0,
-        help="train the first N epochs without masks, which is faster; tau and lambda begin after them",
+        help="train the first N epochs without masks, which is faster; tau and lambda begin after them; 0, or half of "
+        "the epochs with --template short",
     )
     group.add_argument(
         "--gamma", type=at_most(1, positive_float), default=0.5, help="factor of each learning-rate decay"
@@ -407,12 +415,12 @@ def _add_optimizer_options(group):
     group.add_argument(
         "--tau_epochs",
         type=positive_int,
-        help="the temperature falls by 1/N per epoch; 500 for 1000 epochs, in proportion for others",
+        help="the temperature falls by 1/N per epoch; 500 for 1000 epochs with masks, in proportion for others",
     )
     group.add_argument(
         "--lambda_warmup",
         type=count,
-        help="epochs over which lambda_sparsity grows from 0; 50 for 1000 epochs, in proportion for others",
+        help="epochs over which lambda_sparsity grows from 0; 50 for 1000 epochs with masks, in proportion for others",
     )
 
 
@@ -517,6 +525,8 @@ def _check_run(args):
 def _check_training(args):
     if args.deterministic and "VGG" in args.loss:
         raise InputError("--deterministic: VGG losses have no such gradient on a GPU; leave one out")
+    if args.unmasked_epochs and args.model == "EDSR":
+        raise InputError(f"--unmasked_epochs {args.unmasked_epochs}: EDSR has no masks; leave it out")
     if args.tau_min > 1:
         raise InputError(f"--tau_min {args.tau_min}: the temperature starts at 1; use at most 1")
     if args.split_batch > args.batch_size:
@@ -542,7 +552,7 @@ def _check_test(args):
     if args.save_masks and args.model == "EDSR":
         raise InputError("--save_masks: EDSR has no masks; leave it out")
     if args.dir_demo and not set(args.data_test) & set(RESERVED_SET_NAMES):
-        raise InputError("--dir_demo: is read by --data_test demo and video alone; add one of them, or leave it out")
+        raise InputError("--dir_demo: is only read by --data_test demo and video; add one of them, or leave it out")
     if args.save_masks and args.self_ensemble:
         raise InputError("--save_masks: shows the masks of one pass, but --self_ensemble makes eight; leave one out")
 

@@ -56,11 +56,11 @@ class Schedules:
     tau_epochs: int = 500
     lambda_sparsity: float = 0.1
     lambda_warmup: int = 50
-    dense_epochs: int = 0  # the first epochs, which train without masks; tau and lambda begin after them
+    unmasked_epochs: int = 0  # the first epochs, which train without masks; tau and lambda begin after them
 
     def at(self, epoch: int) -> tuple[float, float, float]:
         """Learning rate, tau and lambda."""
-        masked_epoch = max(epoch - self.dense_epochs, 1)
+        masked_epoch = max(epoch - self.unmasked_epochs, 1)
         return (
             learning_rate(epoch, self.lr, self.decay, self.gamma),
             temperature(masked_epoch, self.tau_min, self.tau_epochs),
@@ -69,7 +69,7 @@ class Schedules:
 
     def has_masks(self, epoch: int) -> bool:
         """Whether an epoch trains with masks."""
-        return epoch > self.dense_epochs
+        return epoch > self.unmasked_epochs
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -217,11 +217,16 @@ class Trainer:
         return self.training_step(
             self.model.to_input(lr_images),
             self.model.to_input(hr_images),
-            tau=tau if self.schedules.has_masks(self.epoch) else None,
+            tau=tau if self._has_masks else None,
             lambda_=lambda_,
             largest_loss=largest_loss,
             noise_seed=int(words.generate_state(1, "u8")[0] >> 1),
         )
+
+    @property
+    def _has_masks(self):
+        """Whether the epoch in progress trains with masks."""
+        return self.schedules.has_masks(self.epoch)
 
     def _progress_bar(self):
         steps = self.loader.sampler.steps
@@ -320,9 +325,11 @@ class Trainer:
         self.experiment.save_weights(f"latest{suffix}", weights)
 
     def _is_best(self, suffix):
-        name = next(key for key in self.history[-1] if key.startswith("psnr")) + suffix
-        former = [row[name] for row in self.history[:-1] if not math.isnan(row.get(name, math.nan))]
-        return not former or self.history[-1][name] > max(former)
+        """Whether the last epoch is the best so far; those without masks count only until the first one with masks."""
+        *former, last = self.history
+        name = next(key for key in last if key.startswith("psnr")) + suffix
+        rivals = [row for row in former if self.schedules.has_masks(row["epoch"]) or not self._has_masks]
+        return all(last[name] > row[name] for row in rivals if not math.isnan(row.get(name, math.nan)))
 
     def _save_checkpoint(self):
         if distributed.is_main_process():
@@ -358,25 +365,36 @@ class Trainer:
 def dry_run(trainer: Trainer, epochs: int) -> list[str]:
     """Run a few steps and an image of each test set, write nothing, and return lines on sizes, memory and time."""
     model, sampler, patches = trainer.model, trainer.loader.sampler, trainer.loader.dataset
-    batches, seconds = itertools.cycle(trainer.loader), []
-    for _ in range(8):
-        started = time.perf_counter()
-        with report_failures(trainer.experiment):
-            trainer.run_step(*next(batches))
-        synchronize(model.device)
-        seconds.append(time.perf_counter() - started)
-    step = statistics.median(seconds[3:])  # the first steps warm up, compile, and start the workers
+    remaining = range(trainer.epoch, epochs + 1)
+    steps = {
+        kind: _seconds_of_a_step(trainer, next(same_kind))
+        for kind, same_kind in itertools.groupby(remaining, trainer.schedules.has_masks)
+    }
     evaluation = sum(_seconds_to_evaluate(model, images) for images in trainer.test_sets)
-    remaining = epochs - trainer.epoch + 1
+    seconds = sum(steps[trainer.schedules.has_masks(epoch)] * sampler.steps + evaluation for epoch in remaining)
+    of_kinds = ", ".join(f"{step:.3f} s{'' if has_masks else ' without masks'}" for has_masks, step in steps.items())
     side = patches.patch_size
     return [
         f"{type(model).__name__}: {model.n_parameters:,} parameters, {model.device}",
         f"per batch: {sampler.batch_size} patches of {side}x{side} pixels, x{model.scale}",
         f"per epoch: {sampler.steps} batches, cut from {len(patches)} images",
-        f"time per step: {step:.3f} s, per evaluation: about {evaluation:.1f} s",
+        f"time per step: {of_kinds}, per evaluation: about {evaluation:.1f} s",
         f"peak memory: {peak_memory(model.device) / 2**30:.2f} GiB",
-        f"remaining epochs: {remaining}, about {_duration(remaining * (step * sampler.steps + evaluation))}",
+        f"remaining epochs: {len(remaining)}, about {_duration(seconds)}",
     ]
+
+
+def _seconds_of_a_step(trainer, epoch):
+    """The time of a step as it runs in an epoch."""
+    batches, seconds = itertools.cycle(trainer.loader), []
+    trainer.epoch = epoch
+    for _ in range(8):
+        started = time.perf_counter()
+        with report_failures(trainer.experiment):
+            trainer.run_step(*next(batches))
+        synchronize(trainer.model.device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[3:])  # the first steps warm up, compile, and start the workers
 
 
 def _seconds_to_evaluate(model, images):

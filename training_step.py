@@ -3,7 +3,7 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,10 @@ class TrainingStep:
         self._written = [*model.parameters(), *(self.ema.module.parameters() if self.ema else ())]
         self._averages = False  # whether the moving average has begun; the first one is the weights
         self._names: Sequence[str] = ()  # of the values that a step reports
-        self._is_graphed = settings.compile and model.device.type == "cuda" and self._allows_graph()
-        self._runs: dict[bool, Callable] = {}  # the step as it runs with masks (True) or without: one of them
+        self._is_graphed = settings.compile and model.device.type == "cuda" and self._fits_graph()
+        if self._is_graphed:
+            self._prepare_optimizer_for_graph()
+        self._run, self._runs_masks = None, None  # the step as it runs; whether that is with masks
 
     def __call__(
         self,
@@ -134,8 +136,12 @@ class TrainingStep:
         noise_seed seeds the noise of the masks; a loss above largest_loss skips the step.
         """
         torch.manual_seed(noise_seed)
-        inputs = [lr_images, hr_images, lambda_, largest_loss, *([] if tau is None else [tau])]
-        values, is_good, *masks = self._run(has_masks=tau is not None)(*inputs)
+        has_masks = tau is not None
+        if has_masks != self._runs_masks:  # a graph records one kind of step
+            self._run = StepGraph(self._take, self.model.device) if self._is_graphed else self._take
+            self._runs_masks = has_masks
+        inputs = [lr_images, hr_images, lambda_, largest_loss, *([tau] if has_masks else [])]
+        values, is_good, *masks = self._run(*inputs)
         if self.ema:
             self.ema.n_averaged += 1
             self._averages = True
@@ -150,14 +156,8 @@ class TrainingStep:
             else:
                 group["lr"] = lr
 
-    def _run(self, has_masks):
-        """The step as it runs, which a graph records for one kind of step."""
-        if has_masks not in self._runs:
-            self._runs = {has_masks: StepGraph(self._take, self.model.device) if self._is_graphed else self._take}
-        return self._runs[has_masks]
-
-    def _allows_graph(self):
-        """Whether a CUDA graph can hold the step; if not, the reason is logged. Prepares the optimizer for a graph."""
+    def _fits_graph(self):
+        """Whether a CUDA graph can hold the step; if not, logs the reason."""
         reason = None
         if distributed.world_size() > 1:
             reason = "several processes exchange gradients"
@@ -167,20 +167,24 @@ class TrainingStep:
             reason = "the loss trains a discriminator"
         if reason:
             logger.info(f"the training step runs without a CUDA graph: {reason}")
-            return False
+        return not reason
+
+    def _prepare_optimizer_for_graph(self):
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         # A graph reads the learning rate from the device, where it can change.
         for group in self.optimizer.param_groups:
             group["lr"] = torch.full((), group["lr"], device=self.model.device)
             if "capturable" in group:
                 group["capturable"] = True
-        return True
 
     def _take(self, lr_images, hr_images, lambda_, largest_loss, tau=None):
         """The part of a step that a graph can hold: only tensors go in and out."""
         self.optimizer.zero_grad()
         with _fastest_convolutions():
             names, values, masks = self._backward((lr_images, hr_images), tau, lambda_, largest_loss)
+        if tau is None:
+            for parameter in self.model.mask_parameters():  # with a gradient of 0 an optimizer would move them, too
+                parameter.grad = None
         norm = self._update()
         self._names = [*names, "grad_norm"]
         return torch.cat([values, norm[None]]), norm.isfinite(), *masks

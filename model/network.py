@@ -97,9 +97,9 @@ Pixels = TypeVar("Pixels", np.ndarray, torch.Tensor, Image.Image)
 class Network(nn.Module):
     """A super-resolution network. Images are (N, n_colors, H, W) in 0...rgb_range, with any H and W >= 1.
 
-    A subclass defines `peak_maps`, `forward(x)`, `training_forward(x, tau)` -> (SR, [(m, c), ...]),
-    `inference(x, mode, tile)` -> (SR, Cost), and the static methods `hyperparameters(state_dict)` and
-    `translate(state_dict)`.
+    A subclass defines `peak_maps`, `forward(x)`, `training_forward(x, tau)` -> (SR, [(m, c), ...]), where no tau means
+    no masks, `inference(x, mode, tile)` -> (SR, Cost), and the static methods `hyperparameters(state_dict)` and
+    `translate(state_dict)`. A network with masks also defines `open_masks()` and `mask_parameters()`.
 
     Args:
         scale: upscaling factor
@@ -128,7 +128,11 @@ class Network(nn.Module):
         return read_hub_folder(cls, source)
 
     def open_masks(self) -> None:
-        """Make every pixel important, where a training without masks begins; nothing in a network without masks."""
+        """Make every pixel important: called before training without masks. Does nothing in networks without masks."""
+
+    def mask_parameters(self) -> list[nn.Parameter]:
+        """The parameters that only training with masks changes."""
+        return []
 
     @property
     def device(self) -> torch.device:

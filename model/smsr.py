@@ -105,13 +105,16 @@ class SMM(nn.Module):
         c = gumbel_softmax(self.channel_logits, tau, dim=3)[..., DENSE]
         return m, c
 
+    def mask_parameters(self) -> list[nn.Parameter]:
+        """The parameters on which only the masks depend."""
+        return [*self.spatial_mask.parameters(), self.channel_logits]
+
     def full_masks(self, x: torch.Tensor) -> Masks:
         """Masks that keep everything, in the shapes of `sample_masks`: all of m and c is 1.
 
         They give every parameter of the masks a gradient, 0, which training in several processes needs.
         """
-        parameters = [*self.spatial_mask.parameters(), self.channel_logits]
-        one = 1 + 0 * sum(parameter.sum() for parameter in parameters)
+        one = 1 + 0 * sum(parameter.sum() for parameter in self.mask_parameters())
         return one.expand(len(x), 1, *x.shape[2:]), one.expand(self.channel_logits.shape[:3])
 
     @torch.no_grad()
@@ -153,7 +156,7 @@ class SMM(nn.Module):
         return x + self.attention(self.collect(torch.cat(outputs, 1)))
 
     def unmasked_forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What `forward` computes if all of m is 1, with half of its work: features (N, C, H, W), both."""
+        """What `forward` computes if all of m is 1, with half of its work: (N, C, H, W) -> (N, C, H, W)."""
         f, outputs = x, []
         for conv in self.convs:
             f = F.relu(conv(f))
@@ -231,13 +234,11 @@ class SMSR(Network):
 
         Returns the SR images and, for the sparsity loss, K pairs (m, c).
         """
-        if tau is None:
-            return self.unmasked_forward(x), [block.full_masks(x) for block in self.blocks]
         masks = []
 
         def run(block, f):
-            masks.append(block.sample_masks(f, tau))
-            return block(f, *masks[-1])
+            masks.append(block.full_masks(f) if tau is None else block.sample_masks(f, tau))
+            return block.unmasked_forward(f) if tau is None else block(f, *masks[-1])
 
         return self._forward(x, run), masks
 
@@ -252,6 +253,9 @@ class SMSR(Network):
     def open_masks(self) -> None:
         for block in self.blocks:
             block.open_masks()
+
+    def mask_parameters(self) -> list[nn.Parameter]:
+        return [parameter for block in self.blocks for parameter in block.mask_parameters()]
 
     def _forward(self, x: torch.Tensor, run: Callable[[SMM, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         height, width = x.shape[-2:]

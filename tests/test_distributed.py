@@ -25,7 +25,7 @@ TRAIN = (
     "--test_every 3 --n_threads 0 --cpu --save run"
 )
 EDSR = f"{TRAIN} --model EDSR --n_feats 8 --n_resblocks 1 --optimizer SGD --lr 1e-5"
-UNMASKED = f"{TRAIN} --n_feats 8 --n_blocks 2 --n_layers 2 --dense_epochs 9 --optimizer SGD --lr 1e-5"
+UNMASKED = f"{TRAIN} --n_feats 8 --n_blocks 2 --n_layers 2 --unmasked_epochs 9 --optimizer SGD --lr 1e-5"
 
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 

@@ -26,6 +26,7 @@ from evaluation import compare
 from main import build_loader, main
 from model import EDSR, SMSR, load_model
 from model.inference import self_ensemble
+from model.smsr import OPEN
 from option import parse
 from picture import Picture, read_picture, to_colors
 from program import CLOSED_PIPE, InputError, run_program
@@ -238,6 +239,21 @@ def test_resuming_from_the_command_line_is_exact(folder):
     ours, theirs = (load(f"experiment/{name}/model/model_latest.pt") for name in ("run", "uninterrupted"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_that_begins_without_masks(folder, capsys):
+    line = f"{TRAIN} --pre_train weights.pt --unmasked_epochs 1 --save_models"
+    run(f"{line} --epochs 1")
+    assert "--pre_train weights.pt: its spatial masks are opened again" in capsys.readouterr().out
+    without_masks = load("experiment/run/model/model_1.pt")
+    assert torch.equal(without_masks["blocks.0.spatial_mask.5.bias"], torch.tensor([0.0, OPEN]))
+    assert mistake("--load run --epochs 3 --unmasked_epochs 2").startswith("--unmasked_epochs 2: the run has 1; ")
+    run("--load run --epochs 3")
+    with_masks = load("experiment/run/model/model_2.pt")
+    assert not torch.equal(with_masks["blocks.0.channel_logits"], without_masks["blocks.0.channel_logits"])
+    with open("experiment/run/log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["active"]) == 1 for row in rows] == [True, False, False]
 
 
 def test_a_test_writes_images_metrics_and_a_table(folder, capsys):

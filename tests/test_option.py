@@ -167,6 +167,7 @@ def test_settings_are_filled_with_options_of_the_same_names():
         ("--chop_size 0", "--chop_size: '0' is not"),
         ("--decay 5-3", "--decay: '5-3' is not in increasing order"),
         ("--tau_min 2", "--tau_min 2.0: the temperature"),
+        ("--model EDSR --unmasked_epochs 3", "--unmasked_epochs 3: EDSR has no masks"),
         ("--split_batch 8 --batch_size 4", "--split_batch 8: exceeds --batch_size 4"),
         ("--decay 0", "--decay: '0' is not"),
         ("--decay a-b", "--decay: 'a' is not"),
@@ -195,7 +196,7 @@ def test_settings_are_filled_with_options_of_the_same_names():
         ("--self_ensemble", "--self_ensemble: is for tests; add --test_only"),
         ("--chop", "--chop: is for tests; add --test_only"),
         ("--dir_demo photos", "--dir_demo: is for tests; add --test_only"),
-        ("--test_only --data_test Set5 --dir_demo photos", "--dir_demo: is read by --data_test demo and video alone"),
+        ("--test_only --data_test Set5 --dir_demo photos", "--dir_demo: is only read by --data_test demo and video"),
         ("--save_masks --self_ensemble --test_only", "--save_masks: shows the masks of one pass"),
         ("--save_masks --model EDSR --test_only", "--save_masks: EDSR has no masks"),
         ("--data_test demo", "--data_test demo: has no HR images .* add --test_only"),
@@ -228,6 +229,12 @@ def test_schedules_that_are_not_given_are_proportional_to_the_epochs():
     args = parse(["--epochs", "100", "--decay", "200", "--lambda_warmup", "0"])
     assert (args.decay, args.tau_epochs, args.lambda_warmup) == ([200], 50, 0)
     assert parse(["--epochs", "1"]).decay == [1]
+    args = parse(["--epochs", "100", "--unmasked_epochs", "60"])
+    assert (args.decay, args.tau_epochs, args.lambda_warmup) == ([20], 20, 2)
+    args = parse(["--template", "short", "--epochs", "120"])
+    assert (args.unmasked_epochs, args.decay, args.tau_epochs, args.lambda_warmup) == (60, [80, 96, 110], 66, 30)
+    args = parse(["--template", "short", "--epochs", "2"])
+    assert (args.unmasked_epochs, args.decay, args.tau_epochs, args.lambda_warmup) == (1, [1, 2], 1, 1)
     assert parse(["--load", "a", "--epochs", "2000"], vars(parse([]))).decay == [200]
 
 

@@ -59,7 +59,7 @@ def test_schedules_combine_the_three():
 
 def test_tau_and_lambda_begin_after_the_epochs_without_masks():
     schedules = Schedules(lr=1.0, decay=(3,), gamma=0.1)
-    later = dataclasses.replace(schedules, dense_epochs=4)
+    later = dataclasses.replace(schedules, unmasked_epochs=4)
     assert [later.at(epoch) for epoch in (1, 4)] == [(1.0, 1, 0), (pytest.approx(0.1), 1, 0)]
     assert [later.at(epoch)[1:] for epoch in range(5, 99)] == [schedules.at(epoch - 4)[1:] for epoch in range(5, 99)]
     assert dataclasses.replace(later, lambda_warmup=0).at(4)[2] == 0
@@ -142,7 +142,7 @@ def spy_on_forward(trainer):
 
 def test_the_first_epochs_train_without_masks(build):
     trainer = build()
-    trainer.schedules = Schedules(dense_epochs=2, tau_epochs=10)
+    trainer.schedules = Schedules(unmasked_epochs=2, tau_epochs=10)
     trainer.model.open_masks()
     seen, before = spy_on_forward(trainer), copy.deepcopy(trainer.model.blocks)
     assert trainer.fit(2)
@@ -150,6 +150,10 @@ def test_the_first_epochs_train_without_masks(build):
         assert not torch.equal(block.convs[0].weight, former.convs[0].weight)
         assert torch.equal(block.channel_logits, former.channel_logits)
         torch.testing.assert_close(block.spatial_mask.state_dict(), former.spatial_mask.state_dict(), rtol=0, atol=0)
+    trainer.history[1]["psnr_rgb_Tiny"] = 99.0  # better than any with masks
+    assert trainer.fit(3)
+    folder = trainer.experiment.folder / "model"
+    assert (folder / "model_best.pt").read_bytes() == (folder / "model_latest.pt").read_bytes()
     assert trainer.fit(4)
     assert [tau for _, tau in seen] == [None] * 2 * STEPS + [
         pytest.approx(tau) for tau in [1.0] * STEPS + [0.9] * STEPS

@@ -592,7 +592,9 @@ def graphed(monkeypatch):
 
     def build(**settings):
         step = build_step(**settings)
-        step._is_graphed = step._allows_graph()
+        step._is_graphed = step._fits_graph()
+        if step._is_graphed:
+            step._prepare_optimizer_for_graph()
         return step
 
     return build
@@ -633,6 +635,22 @@ def test_steps_with_masks_follow_steps_without_them_in_a_graph(graphed):
     assert_identical(states[1]["model"], states[0]["model"])
 
 
+def test_steps_without_masks_do_not_move_them():
+    settings = {"optimizer": OptimizerSettings(weight_decay=0.1), "ema": 0.5}
+    step = build_step(**settings)
+    before, others = copy.deepcopy(step.model.mask_parameters()), step.model.head[0].weight.clone()
+    for index in range(3):
+        take(step, *random_batch(seed=index), tau=None)
+    assert_identical(step.model.mask_parameters(), before)
+    assert not torch.equal(step.model.head[0].weight, others)
+    resumed = resume(step, step.state(), **settings)
+    for masked in (step, resumed):
+        take(masked, *random_batch(), tau=0.7)
+    assert not torch.equal(resumed.model.blocks[0].channel_logits, before[-1])
+    for name in ("model", "ema", "optimizer"):
+        assert_identical(resumed.state()[name], step.state()[name])
+
+
 def test_a_loss_above_its_limit_is_skipped_in_a_graph_too(graphed):
     step = graphed()
     accepted = [bool(take(step, *random_batch(), largest_loss=limit).is_good) for limit in (1e9, 1e9, 1e9, 1e9, 0, 1e9)]
@@ -660,7 +678,8 @@ def test_changes_of_the_weights_are_noticed(graphed, optimizer):
 def test_what_a_graph_cannot_hold_runs_without_one(graphed, settings, reason, caplog):
     logger.setLevel("INFO")
     step = graphed(**settings)
-    assert step._run(has_masks=True) == step._take
+    take(step, *random_batch(size=16))
+    assert step._run == step._take
     assert [record.message for record in caplog.records] == [f"the training step runs without a CUDA graph: {reason}"]
 
 

@@ -45,13 +45,15 @@ SIZES = ((1, 128, 128), (1, 256, 256), (1, 360, 640), (8, 360, 640), (1, 720, 12
 PRECISIONS = {"exact": torch.float32, "tf32": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 SPLITS = ((), (0, 0, 0, 0), (64, 64, 64, 64), (1, 0, 1, 0), (0, 64, 0, 64), (63, 1, 63, 1))  # dense channels; (): as is
 DENSITIES = (0.0, 0.3, 1.0)
-N_CHECKED_STEPS = 12  # of a training; from the fourth on they are replayed as a CUDA graph
+N_CHECKED_STEPS = 16  # of a training; from the fourth of each kind on they are replayed as a CUDA graph
+N_UNMASKED_STEPS = 6  # of these, the first ones
 COLUMNS = ("unmasked", "unmasked_graph", "compiled_graph", "fused", "fused_graph")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pre_train",
+        metavar="FILE",
         type=Path,
         default=DEFAULT_WEIGHTS,
         help="weights of an SMSR network (default: the released ones for x2)",
@@ -139,7 +141,7 @@ def check_training(device: torch.device, compiled: bool = True) -> list[dict[str
     resumed.model.load_state_dict(first["model"])
     resumed.load_state(first)
     eager = build_small_step(device, settings)
-    eager._run = eager._take
+    eager._is_graphed = False
     states = {"resumed": take_steps(resumed, half, full), "without a graph": take_steps(eager, 0, full)}
     return [
         {
@@ -158,13 +160,14 @@ def build_small_step(device: torch.device, settings: StepSettings) -> TrainingSt
 
 
 def take_steps(step: TrainingStep, first: int, last: int) -> dict[str, object]:
-    """Take the steps `first` to `last` - 1 of a training and return its state."""
+    """Take the steps `first` to `last` - 1 of a training, which begins without masks, and return its state."""
     device = step.model.device
     schedule = fixed_schedule(device)
     for index in range(first, last):
         lr = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(index)).to(device) * 255
         hr = lr.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        step(lr, hr, noise_seed=index, **schedule)
+        tau = None if index < N_UNMASKED_STEPS else schedule["tau"]
+        step(lr, hr, noise_seed=index, **(schedule | {"tau": tau}))
     return copy.deepcopy(step.state())
 
 

@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that all benchmarks of inference share."""
-    parser.add_argument("--pre_train", required=True, help="weights of an SMSR network")
+    parser.add_argument("--pre_train", metavar="FILE", required=True, help="weights of an SMSR network")
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--images", type=Path, metavar="DIR", help="folder of LR images (default: the Sample set)")
     images.add_argument(

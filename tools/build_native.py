@@ -25,7 +25,11 @@ from program import InputError, run_program
 def build_parser() -> Parser:
     parser = Parser(prog="build_native.py", description=__doc__)
     parser.add_argument(
-        "--pre_train", nargs="+", default=[], help="weights of SMSR networks (default: the sizes of the paper)"
+        "--pre_train",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="weights of SMSR networks (default: the sizes of the paper)",
     )
     return parser
 

@@ -55,7 +55,7 @@ $table
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--pre_train", type=Path, required=True, help="weights of an SMSR or an EDSR")
+    parser.add_argument("--pre_train", metavar="FILE", type=Path, required=True, help="weights of an SMSR or an EDSR")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument("--license", default="", metavar="ID", help="license of the weights, e.g. mit or cc-by-4.0")
     parser.add_argument(

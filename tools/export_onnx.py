@@ -31,7 +31,7 @@ from utility import PRECISIONS
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--pre_train", type=Path, required=True, help="weights of an SMSR or an EDSR")
+    parser.add_argument("--pre_train", metavar="FILE", type=Path, required=True, help="weights of an SMSR or an EDSR")
     parser.add_argument(
         "--output", type=file_to_write(".onnx"), required=True, metavar="FILE.onnx", help="file to write"
     )

@@ -19,7 +19,7 @@ from visualize import channel_sheet
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--pre_train", type=Path, required=True, help="SMSR weights")
+    parser.add_argument("--pre_train", metavar="FILE", type=Path, required=True, help="SMSR weights")
     parser.add_argument("--output", type=file_to_write(".png"), required=True, metavar="FILE.png", help="file to write")
     args = parser.parse_args(argv)
     check_outputs([args.output], [args.pre_train], argument="output")

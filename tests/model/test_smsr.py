@@ -161,7 +161,7 @@ def test_training_reaches_every_parameter():
 def test_without_masks_the_network_is_that_with_open_masks():
     model, x = SMSR(2, n_feats=8, n_blocks=2, n_layers=3), torch.rand(2, 3, 5, 7) * 255
     sr, masks = model.training_forward(x, tau=None)
-    assert all(torch.equal(m, torch.ones(2, 1, 5, 7)) and torch.equal(c, torch.ones(1, 8, 3)) for m, c in masks)
+    assert all(torch.equal(m, torch.ones(2, 1, 6, 8)) and torch.equal(c, torch.ones(1, 8, 3)) for m, c in masks)
     (sr.mean() + sum(m.mean() + c.mean() for m, c in masks)).backward()
     for name, parameter in model.named_parameters():
         if "spatial_mask" in name or "channel_logits" in name:
