@@ -11,6 +11,7 @@ of steps run in one process and take turns, after a warm-up; times are medians.
     bf16      the step with --precision bf16
     half      the step with --precision half
     +compile  the step with --compile, too
+    unmasked  before the name: the step of an epoch without masks (--unmasked_epochs)
 
 With --epochs, each kind of main.py's step is then run as a user would: whole epochs, with images from a folder. `waits`
 is the share of the time of an epoch in which the device would not be busy if its steps took as long as the bare ones.
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=PRECISIONS, nargs="+", default=["single", "bf16"], help="which precisions to time"
     )
     parser.add_argument("--compile", action="store_true", help="time each precision compiled, too")
+    parser.add_argument("--unmasked", action="store_true", help="time each kind without masks, too")
     parser.add_argument("--scale", type=positive_int, default=2, help="upscaling factor")
     parser.add_argument("--batch_size", type=positive_int, default=16, help="patches per batch")
     parser.add_argument("--patch_size", type=positive_int, default=96, help="low-resolution pixels per side of a patch")
@@ -82,9 +84,9 @@ def time_steps(args: argparse.Namespace, device: torch.device) -> dict[str, dict
         name: {"step_ms": ms, "images_per_second": args.batch_size / ms * 1e3, "speedup": reference / ms}
         for name, ms in times.items()
     }
-    print(f"{'step':16} {'ms':>9} {'images/s':>9} {'speedup':>8}")
+    print(f"{'step':22} {'ms':>9} {'images/s':>9} {'speedup':>8}")
     for name, row in rows.items():
-        print(f"{name:16} {row['step_ms']:9.1f} {row['images_per_second']:9.1f} {row['speedup']:8.2f}")
+        print(f"{name:22} {row['step_ms']:9.1f} {row['images_per_second']:9.1f} {row['speedup']:8.2f}")
     return rows
 
 
@@ -129,9 +131,11 @@ def build_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Cal
         plain = PlainTraining(copy.deepcopy(model).to(device))
         steps["baseline"] = functools.partial(plain.step, lr, hr, tau=TAU, lambda_=LAMBDA)
     lr, hr = (images.contiguous(memory_format=torch.channels_last) for images in (lr, hr))
-    for name, settings in step_kinds(args).items():
+    masked = fixed_schedule(device)
+    schedules = {"": masked} | ({"unmasked ": masked | {"tau": None}} if args.unmasked else {})
+    for (name, settings), (prefix, numbers) in itertools.product(step_kinds(args).items(), schedules.items()):
         step = build_step(copy.deepcopy(model).to(device, memory_format=torch.channels_last), settings)
-        steps[name] = functools.partial(step, lr, hr, **fixed_schedule(device), noise_seed=0)
+        steps[prefix + name] = functools.partial(step, lr, hr, **numbers, noise_seed=0)
     return steps
 
 

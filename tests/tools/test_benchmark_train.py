@@ -36,14 +36,15 @@ def test_the_plain_loop_takes_the_same_step_as_main(monkeypatch):
 
 def test_steps_are_timed(tmp_path, capsys):
     out = tmp_path / "out.json"
-    line = "train --baseline --precision single bf16 --batch_size 2 --patch_size 8 --repeats 1 --device cpu --json"
-    main([*line.split(), str(out)])
+    line = "train --baseline --precision single bf16 --unmasked --batch_size 2 --patch_size 8 --repeats 1 --device cpu"
+    main([*line.split(), "--json", str(out)])
     report = json.loads(out.read_text())
-    assert list(report["steps"]) == ["baseline", "single", "bf16"]
+    names = ["baseline", "single", "unmasked single", "bf16", "unmasked bf16"]
+    assert list(report["steps"]) == names
     assert report["steps"]["baseline"]["speedup"] == 1
     for row in report["steps"].values():
         assert row["images_per_second"] == pytest.approx(2 / row["step_ms"] * 1e3)
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "baseline", "single", "bf16"]
+    assert [line[:22].rstrip() for line in capsys.readouterr().out.splitlines()] == ["step", *names]
 
 
 def test_epochs_are_timed(monkeypatch):
