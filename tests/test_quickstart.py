@@ -18,7 +18,7 @@ MEASURED = re.compile(r"\d+\.\d\d s$|^step")  # times, and losses that depend on
 
 def run_code(folder):
     sources = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
-    program = "\n".join(sources)
+    program = "\n".join(["display = lambda *objects, **options: None", *sources])  # Jupyter has this built in
     return subprocess.run(
         [sys.executable, "-B", "-c", program], cwd=folder, capture_output=True, text=True, timeout=300, encoding="utf-8"
     )
