@@ -258,7 +258,8 @@ def check_results(args: argparse.Namespace, results: Sequence[SetResults], weigh
 def result_settings(args: argparse.Namespace, model: Network) -> ResultSettings:
     """What the test writes, and what its results depend on."""
     options = [args.inference, args.engine, args.chop, args.chop_size, str(model.device), torch.get_num_threads()]
-    options += args.metrics or []
+    for name, weights in map(option.split_metric, args.metrics or ()):
+        options.append(f"{name} {digest([Path(weights)], b'')}" if weights else name)
     return ResultSettings(
         made_with=made_with(args, model),
         measured_with=options,

@@ -553,6 +553,9 @@ def _check_test(args):
         raise InputError("--save_masks: EDSR has no masks; leave it out")
     if args.dir_demo and not set(args.data_test) & set(RESERVED_SET_NAMES):
         raise InputError("--dir_demo: is only read by --data_test demo and video; add one of them, or leave it out")
+    metrics = [name for name, _ in map(split_metric, args.metrics or ())]
+    if len(set(metrics)) < len(metrics):
+        raise InputError(f"--metrics {' '.join(args.metrics)}: names a metric twice; leave one out")
     if args.save_masks and args.self_ensemble:
         raise InputError("--save_masks: shows the masks of one pass, but --self_ensemble makes eight; leave one out")
 

@@ -50,11 +50,9 @@ def _create(pyiqa, name, weights, device):
             metric = pyiqa.create_metric(name, device=device, **options)
     except Exception as error:  # of downloads, files and the many packages behind the metrics
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{name} cannot be built ({reason}); give its weights as {name}=FILE, and put the backbone's "
-            f"into {torch.hub.get_dir()}/checkpoints",
-            argument="metrics",
-        ) from None
+        advice = f"leave ={weights} out, or use another file" if weights else f"give its weights as {name}=FILE"
+        backbone = f"put the backbone's into {torch.hub.get_dir()}/checkpoints"
+        raise InputError(f"{name} cannot be built ({reason}); {advice}, and {backbone}", argument="metrics") from None
     if content is not None and not _share_keys(content, metric.net.state_dict()):
         raise InputError(f"{weights}: holds no weights of {name}; use another file", argument="metrics")
     return metric

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face: config.json with the constructor arguments, and model.safetensors with the weights.
+"""Hugging Face folders: config.json with the constructor arguments, and model.safetensors with the weights.
 
 They are what huggingface_hub.PyTorchModelHubMixin writes and reads. Reading and writing them needs the safetensors
 package. Only downloading them needs huggingface_hub.
@@ -63,7 +63,7 @@ def _download(source):
     except Exception as error:  # of the connection, the repository, the cache or the disk
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{source}: no such folder, and not to be had from Hugging Face ({reason}); check the name"
+            f"{source}: no such folder, and it cannot be downloaded from Hugging Face ({reason}); check the name"
         ) from None
     return Path(paths[0]).parent
 

@@ -78,11 +78,20 @@ def test_metrics_and_weights_that_do_not_exist_are_refused(pyiqa, lpips_weights,
         (("lpips", str(tmp_path / "absent.pth")), r"absent\.pth: no such weights file"),
         (("lpips", str(tmp_path / "code.pth")), r"code\.pth: cannot be read as weights"),
         (("lpips", str(tmp_path / "other.pth")), r"other\.pth: holds no weights of lpips"),
-        (("dists", str(lpips_weights)), "dists cannot be built .* give its weights as dists=FILE"),
+        (("dists", str(lpips_weights)), "dists cannot be built .* leave =.* out, or use another file"),
     ):
         with pytest.raises(InputError, match=message) as error:
             build_measures([metric], CPU)
         assert error.value.argument == "metrics"
+
+
+def test_results_depend_on_the_content_of_weights_files(tmp_path, tiny):
+    weights, found = tmp_path / "lpips.pth", []
+    for content in (b"a", b"b", b"a"):
+        weights.write_bytes(content)
+        args = option.parse(["--test_only", "--metrics", f"lpips={weights}", "dists"])
+        found.append(main.result_settings(args, tiny).measured_with)
+    assert found[0] == found[2] != found[1]
 
 
 # ---- from the command line to the report -----------------------------------------------------------------------------
@@ -168,6 +177,7 @@ def test_options():
     assert [option.split_metric(text) for text in args.metrics] == [("lpips", None), ("dists", "a b/w=1.pth")]
     for line, message in (
         ("--metrics lpips", "--metrics: is for tests"),
+        ("--test_only --metrics lpips dists lpips=a.pth", "--metrics lpips dists lpips=a.pth: names a metric twice"),
         ("--test_only --metrics =w.pt", "'=w.pt' is not a metric; write NAME, or NAME=FILE"),
         ("--test_only --data_test video --dir_demo a.mp4 --metrics lpips", "--metrics: is for images"),
     ):

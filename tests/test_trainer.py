@@ -215,7 +215,7 @@ def train_on(data, folder, started):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9")
-def test_a_run_killed_eight_times_resumes_from_its_last_checkpoint(build, one_thread):
+def test_a_run_killed_repeatedly_resumes_from_its_last_checkpoint(build, one_thread):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer", "data", "loss", "matplotlib.backends.backend_agg", "torch._dynamo"])
     data, folder = build.args

@@ -48,7 +48,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--scales", type=int, nargs="+", choices=DIV2K_SCALES, help="of the LR images of DIV2K (default: 2)"
     )
     command.add_argument("--out", type=Path, default=Path("dataset"), help="folder to write to")
-    command.add_argument("--url", help="address of a folder with the same archives, on a mirror")
+    command.add_argument("--url", metavar="URL", help="address of a folder with the same archives, on a mirror")
     command.add_argument(
         "--sha256",
         type=_checksum,

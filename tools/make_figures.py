@@ -30,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the pictures (default: docs)")
     parser.add_argument(
-        "--released", type=Path, default=RELEASED, help="folder of the runs whose curves are drawn (default: released)"
+        "--released",
+        type=Path,
+        default=RELEASED,
+        help="folder of the runs whose curves are drawn (default: experiment/released)",
     )
     args = parser.parse_args(argv)
     output = args.output.resolve()

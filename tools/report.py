@@ -251,7 +251,7 @@ HEADLINE = (
     "parameters",
     "s per image",
 )
-HIGHER_IS_BETTER = {2: True, 3: True, 5: False}  # by column of HEADLINE
+HIGHER_IS_BETTER = {"PSNR (dB)": True, "SSIM": True, "multiply-adds (G)": False}
 
 
 def headline(results: Sequence[Result]) -> Iterator[Section]:
@@ -298,7 +298,8 @@ def _thousands(counts: dict[str, Any]) -> str:
 
 def _best(rows: Sequence[Sequence[str]]) -> Iterator[tuple[int, int]]:
     """(row, column of HEADLINE) of the best numbers of a set, as they are printed; none if there is nothing to beat."""
-    for column, is_higher_better in HIGHER_IS_BETTER.items():
+    for name, is_higher_better in HIGHER_IS_BETTER.items():
+        column = HEADLINE.index(name)
         numbers = {row: float(cells[column - 1]) for row, cells in enumerate(rows) if cells[column - 1] != "-"}
         if len(numbers) > 1:
             best = (max if is_higher_better else min)(numbers.values())

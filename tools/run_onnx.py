@@ -49,9 +49,9 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="FILE.onnx", help="exported network")
-    parser.add_argument("--input", type=Path, required=True, help="an image, or a folder of images")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--scale", type=int, help="stop unless the network has this scale")
+    parser.add_argument("--input", type=Path, required=True, metavar="PATH", help="an image, or a folder of images")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--scale", type=int, metavar="N", help="stop unless the network has this scale")
     parser.add_argument("--threads", type=threads, metavar="N", help="number of CPU threads (default: all cores)")
     return parser.parse_args(argv)
 

@@ -32,7 +32,7 @@ class Table:
 
     def markdown(self) -> str:
         aligned = ["---" if column < self.n_names else "---:" for column in range(len(self.columns))]
-        lines = [self.columns, aligned, *self._with_bold(_to_markdown, "**{}**")]
+        lines = [[*map(_to_markdown, self.columns)], aligned, *self._with_bold(_to_markdown, "**{}**")]
         if self.footer:
             lines.append([*map(_to_markdown, self.footer)])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)

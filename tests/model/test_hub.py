@@ -139,4 +139,4 @@ def test_repositories_in_the_cache_are_found_without_a_network(tmp_path, folder)
     assert done.returncode == 0, done.stderr
     scale, message = done.stdout.splitlines()
     assert scale == "3"
-    assert message.startswith("InputError owner/other: no such folder, and not to be had from Hugging Face (")
+    assert message.startswith("InputError owner/other: no such folder, and it cannot be downloaded from Hugging Face (")

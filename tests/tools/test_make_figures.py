@@ -21,7 +21,7 @@ def test_all_pictures_of_the_readme_are_made(tmp_path, capfd):
     assert curves == {"loss.png", "psnr.png", "active_share.png", "masks.png"}
 
 
-def test_without_a_browser_the_other_pictures_are_made(tmp_path, monkeypatch, capsys):
+def test_without_a_browser_the_picture_of_the_report_is_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make_figures, "run", lambda folder, program, *arguments: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(shutil, "copyfile", lambda source, target: None)

@@ -3,7 +3,7 @@ import html.parser
 from tools.tables import Table
 
 TABLE = Table(
-    columns=["set", "method", "PSNR"],
+    columns=["set", "a|b", "PSNR"],
     rows=[["A_1", "x|y & <z>", "38.00"], ["", "50% \\ {#}", "-"]],
     n_names=2,
     best=frozenset({(0, 2)}),
@@ -13,7 +13,7 @@ TABLE = Table(
 
 def test_markdown():
     assert TABLE.markdown().splitlines() == [
-        "| set | method | PSNR |",
+        r"| set | a\|b | PSNR |",
         "| --- | --- | ---: |",
         r"| A_1 | x\|y & <z> | **38.00** |",
         r"|  | 50% \ {#} | - |",
@@ -25,7 +25,7 @@ def test_latex():
     assert TABLE.latex().splitlines() == [
         r"\begin{tabular}{llr}  % needs \usepackage{booktabs}",
         r"\toprule",
-        r"set & method & PSNR \\",
+        r"set & a|b & PSNR \\",
         r"\midrule",
         r"A\_1 & x|y \& <z> & \textbf{38.00} \\",
         r" & 50\% \textbackslash{} \{\#\} & - \\",
