@@ -18,14 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from option import Parser
 from program import run_program
-from tools import benchmark_data, benchmark_gpu, benchmark_inference, benchmark_onnx, benchmark_train
+from tools.benchmarks import data, gpu, inference, onnx, train
 
 COMMANDS = {
-    "inference": benchmark_inference,
-    "train": benchmark_train,
-    "data": benchmark_data,
-    "onnx": benchmark_onnx,
-    "gpu": benchmark_gpu,
+    "inference": inference,
+    "train": train,
+    "data": data,
+    "onnx": onnx,
+    "gpu": gpu,
 }
 DEFAULT_COMMAND = "inference"
 

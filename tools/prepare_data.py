@@ -35,7 +35,8 @@ from data.resize import crop_to_multiple, downscale
 from option import RESERVED_SET_NAMES, Parser, plain_name, positive_int
 from picture import skipped_files
 from program import InputError, run_program, usable_processors
-from tools import check_data, download, unpack
+from tools.datasets import check as check_set
+from tools.datasets import download, unpack
 from utility import in_parallel
 
 OUT_HELP = "folder to write to; pass it to main.py as --dir_data"
@@ -79,7 +80,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     div2k.add_argument("--archive_dir", type=Path, required=True, help="folder with the archives or unpacked folders")
     div2k.add_argument("--out", type=Path, required=True, help=OUT_HELP)
     check = commands.add_parser("check", help="look for problems in a set")
-    check.set_defaults(run=check_data.run)
+    check.set_defaults(run=check_set.run)
     check.add_argument("folder", type=Path, metavar="DIR", help="folder with HR and LR_bicubic, or of DIV2K")
     check.add_argument("--scale", type=positive_int, required=True, help="scale of the LR images to check")
     for command in commands.choices.values():
@@ -182,7 +183,7 @@ def _examine(source: tuple[str, Path], target: TargetSet) -> str | None:
         raise InputError(f"{hr}: already exists and is another image than {path}; choose another --name, or rename one")
     for scale in target.scales:
         lr = target.lr(name, scale)
-        if lr.exists() and not check_data.is_bicubic(check_data.difference(image, read_image(lr), scale)):
+        if lr.exists() and not check_set.is_bicubic(check_set.difference(image, read_image(lr), scale)):
             raise InputError(f"{lr}: already exists and was not made from {path} at x{scale}; remove it")
     return None
 

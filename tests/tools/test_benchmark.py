@@ -57,5 +57,5 @@ def test_no_module_is_executed_twice():
     )
     modules = re.findall(r"^import '([\w.]+)' # <\S*SourceFileLoader", done.stderr, re.M)
     found = sorted(name for name in modules if name.startswith(("tools.", "benchmark", "baselines", "timing")))
-    shared = ["tools.baselines", "tools.benchmark_epochs", "tools.timing"]
-    assert found == sorted([*shared, *(f"tools.benchmark_{command}" for command in COMMANDS)])
+    names = [*COMMANDS, "baselines", "epochs", "timing"]
+    assert found == sorted(f"tools.benchmarks.{name}" for name in names)

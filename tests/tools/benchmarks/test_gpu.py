@@ -5,8 +5,9 @@ import torch
 
 from model.smsr import SMSR
 from program import InputError
-from tools import benchmark, benchmark_gpu
-from tools.benchmark_gpu import check_results, check_training, with_dense_channels
+from tools import benchmark
+from tools.benchmarks import gpu
+from tools.benchmarks.gpu import check_results, check_training, with_dense_channels
 from training_step import TrainingStep
 
 
@@ -17,8 +18,8 @@ def model():
 
 @pytest.fixture
 def few_cases(monkeypatch):
-    monkeypatch.setattr(benchmark_gpu, "SPLITS", ((), (0, 16)))
-    monkeypatch.setattr(benchmark_gpu, "PRECISIONS", {"exact": torch.float32, "half": torch.float16})
+    monkeypatch.setattr(gpu, "SPLITS", ((), (0, 16)))
+    monkeypatch.setattr(gpu, "PRECISIONS", {"exact": torch.float32, "half": torch.float16})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -60,13 +61,13 @@ def test_trainings_are_compared(monkeypatch):
     names = ["resumed", "without a graph"]
     device = torch.device("cpu")
     assert check_training(device, compiled=False) == [{"training": name, "right": True} for name in names]
-    build_small_step, seeds = benchmark_gpu.build_small_step, itertools.count()
+    build_small_step, seeds = gpu.build_small_step, itertools.count()
 
     def differ(*args):
         step = build_small_step(*args)
         step.model.head[0].bias.data += next(seeds)
         return step
 
-    monkeypatch.setattr(benchmark_gpu, "build_small_step", differ)
+    monkeypatch.setattr(gpu, "build_small_step", differ)
     monkeypatch.setattr(TrainingStep, "load_state", lambda *_: None)
     assert check_training(device, compiled=False) == [{"training": name, "right": False} for name in names]

@@ -32,9 +32,9 @@ from data.resize import crop_to_multiple, downscale
 from data.srdata import EpochSampler, Patches, PatchLoader
 from option import count, file_to_write, positive_float, positive_int
 from program import InputError
-from tools.baselines import PickledPatches
-from tools.benchmark_inference import mirrored_photograph, parse_size
-from tools.timing import say
+from tools.benchmarks.baselines import PickledPatches
+from tools.benchmarks.inference import mirrored_photograph, parse_size
+from tools.benchmarks.timing import say
 from utility import pick_device, synchronize, write_json
 
 KINDS = ("pickle", "img", "sep", "bin", "device")

@@ -9,7 +9,7 @@ from pathlib import Path
 from data import BENCHMARK_SETS
 from loading import WEB_PAGE
 from program import InputError, naming
-from tools.unpack import check_space, find_members, n_published, unpack
+from tools.datasets.unpack import check_space, find_members, n_published, unpack
 from utility import progress_bar
 
 DIV2K_SCALES = (2, 3, 4)

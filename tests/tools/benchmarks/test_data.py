@@ -7,9 +7,9 @@ import torch
 from data import PatchSettings, find_set
 from data.srdata import Patches
 from program import InputError
-from tools.baselines import PickledPatches
 from tools.benchmark import main
-from tools.benchmark_data import write_pairs
+from tools.benchmarks.baselines import PickledPatches
+from tools.benchmarks.data import write_pairs
 
 
 def test_pickled_images_give_the_same_patches(tmp_path):

@@ -1,4 +1,4 @@
-"""Time whole epochs of a training as main.py runs them, data included, for benchmark_train.py and benchmark_gpu.py."""
+"""Time whole epochs of a training as main.py runs them, data included, for train.py and gpu.py."""
 
 import statistics
 import tempfile
@@ -13,7 +13,7 @@ from evaluation import evaluate
 from loss import build_loss
 from model.inference import build_predictor
 from model.smsr import SMSR
-from tools.benchmark_data import write_pairs
+from tools.benchmarks.data import write_pairs
 from trainer import Schedules, Trainer, TrainSettings
 from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
 from utility import synchronize

@@ -31,9 +31,9 @@ from loss import build_loss
 from model.engines.graphs import WARM_UP
 from model.smsr import SMSR
 from option import count, file_to_write, positive_int
-from tools.baselines import PlainTraining
-from tools.benchmark_epochs import measure_epochs
-from tools.timing import say, timed
+from tools.benchmarks.baselines import PlainTraining
+from tools.benchmarks.epochs import measure_epochs
+from tools.benchmarks.timing import say, timed
 from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
 from utility import PRECISIONS, pick_device, write_json
 

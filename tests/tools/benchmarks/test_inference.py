@@ -11,10 +11,10 @@ from model.edsr import EDSR
 from model.engines.build import find_compiler
 from model.smsr import SMSR
 from program import InputError
-from tools.baselines import Unmasked, with_density
 from tools.benchmark import main
-from tools.benchmark_inference import largest_difference
-from tools.timing import peak_mib, timed
+from tools.benchmarks.baselines import Unmasked, with_density
+from tools.benchmarks.inference import largest_difference
+from tools.benchmarks.timing import peak_mib, timed
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from model.smsr import SMSR
-from tools import benchmark_epochs
-from tools.baselines import PlainTraining, block_with_branches
 from tools.benchmark import main
-from tools.benchmark_train import build_step
+from tools.benchmarks import epochs
+from tools.benchmarks.baselines import PlainTraining, block_with_branches
+from tools.benchmarks.train import build_step
 from training_step import StepSettings
 
 
@@ -48,10 +48,10 @@ def test_steps_are_timed(tmp_path, capsys):
 
 
 def test_epochs_are_timed(monkeypatch):
-    monkeypatch.setattr(benchmark_epochs, "TRAIN_SIZE", (40, 50))
-    monkeypatch.setattr(benchmark_epochs, "TEST_SIZE", (24, 30))
-    monkeypatch.setattr(benchmark_epochs, "N_TEST_IMAGES", 2)
-    row = benchmark_epochs.measure_epochs(
+    monkeypatch.setattr(epochs, "TRAIN_SIZE", (40, 50))
+    monkeypatch.setattr(epochs, "TEST_SIZE", (24, 30))
+    monkeypatch.setattr(epochs, "N_TEST_IMAGES", 2)
+    row = epochs.measure_epochs(
         StepSettings(),
         torch.device("cpu"),
         batch_size=2,

@@ -20,7 +20,7 @@ from data import find_set
 from data.image import read_image
 from data.resize import downscale
 from program import InputError, naming
-from tools import download, unpack
+from tools.datasets import download, unpack
 from tools.prepare_data import main
 
 pytest.importorskip("pooch")

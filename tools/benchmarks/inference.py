@@ -51,12 +51,12 @@ from model.sparse import Plan
 from option import file_to_write, positive_int
 from picture import image_files, name_images
 from program import InputError, report_batch
-from tools.baselines import Unmasked, with_density
-from tools.timing import peak_mib, say, timed
+from tools.benchmarks.baselines import Unmasked, with_density
+from tools.benchmarks.timing import peak_mib, say, timed
 from utility import PRECISIONS, pick_device, write_json
 from visualize import COLORS
 
-SAMPLE = Path(__file__).resolve().parent.parent / "testsets/benchmark/Sample"
+SAMPLE = Path(__file__).resolve().parents[2] / "testsets/benchmark/Sample"
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 RATIOS = ("speedup", "speedup_as_written", "speedup_unmasked_native", "mac_ratio", "efficiency")
 

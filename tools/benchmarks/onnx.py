@@ -23,8 +23,8 @@ from model import load_model
 from model.onnx import GRAPH_MODES, export
 from model.smsr import SMSR
 from program import InputError, report_batch
-from tools.benchmark_inference import add_image_arguments, read_images
-from tools.timing import say, timed
+from tools.benchmarks.inference import add_image_arguments, read_images
+from tools.benchmarks.timing import say, timed
 from utility import write_json
 
 COLUMNS = ("onnx_sparse", "onnx_dense", "native_sparse", "native_dense")

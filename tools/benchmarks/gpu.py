@@ -32,15 +32,15 @@ from model.engines.graphs import CudaGraph
 from model.smsr import SMSR
 from option import file_to_write, positive_int
 from program import InputError
-from tools import benchmark_train
-from tools.baselines import Unmasked, with_density
-from tools.benchmark_inference import mirrored_photograph
-from tools.benchmark_train import build_step, fixed_schedule
-from tools.timing import peak_mib, say, timed
+from tools.benchmarks import train
+from tools.benchmarks.baselines import Unmasked, with_density
+from tools.benchmarks.inference import mirrored_photograph
+from tools.benchmarks.timing import peak_mib, say, timed
+from tools.benchmarks.train import build_step, fixed_schedule
 from training_step import StepSettings, TrainingStep
 from utility import be_deterministic, write_json
 
-DEFAULT_WEIGHTS = Path(__file__).resolve().parent.parent / "experiment/released/SMSR_X2/model/model_best.pt"
+DEFAULT_WEIGHTS = Path(__file__).resolve().parents[2] / "experiment/released/SMSR_X2/model/model_best.pt"
 SIZES = ((1, 128, 128), (1, 256, 256), (1, 360, 640), (8, 360, 640), (1, 720, 1280))  # N, H, W
 PRECISIONS = {"exact": torch.float32, "tf32": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 SPLITS = ((), (0, 0, 0, 0), (64, 64, 64, 64), (1, 0, 1, 0), (0, 64, 0, 64), (63, 1, 63, 1))  # dense channels; (): as is
@@ -182,8 +182,8 @@ def measure_training(device: torch.device) -> dict[str, dict]:
         "patch_size": 96,
     }
     args = argparse.Namespace(**options, repeats=15, epochs=3, steps=200)
-    steps = benchmark_train.time_steps(args, device)
-    return {"steps": steps, "epochs": benchmark_train.time_epochs(args, device, steps)}
+    steps = train.time_steps(args, device)
+    return {"steps": steps, "epochs": train.time_epochs(args, device, steps)}
 
 
 def with_dense_channels(model: SMSR, split: tuple[int, ...]) -> SMSR:
