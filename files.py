@@ -42,6 +42,12 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path | None], 
         raise InputError(f"would overwrite {path}, which this call reads; choose another name", argument)
 
 
+def check_replaced(path: Path, mark: bytes, argument: str) -> None:
+    """Raise InputError if a file to write exists and lacks the mark that all files of its kind hold."""
+    if path.exists() and mark not in path.read_bytes():
+        raise InputError(f"{path}: already exists and is something else; choose another name", argument)
+
+
 def _places(path):
     """Where a file lies, and where it would be replaced: not the same if it is a symbolic link."""
     return {path.resolve(), path.parent.resolve() / path.name}

@@ -44,7 +44,8 @@ def load_tensors(path: str | Path, advice: str = "use another file", argument: s
 
 def _load(path):
     if not path.is_file():
-        raise _UnreadableError("no such weights file", "check the path")
+        problem = "is a folder, not a weights file" if path.is_dir() else "no such weights file"
+        raise _UnreadableError(problem, "check the path")
     try:
         with open(path, "rb") as file:
             start = file.read(64)

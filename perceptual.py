@@ -12,6 +12,7 @@ import torch
 
 from loading import load_tensors
 from program import InputError
+from utility import torchvision_advice
 
 Measure = Callable[[np.ndarray, np.ndarray | None], float]  # SR and HR, uint8 (H, W, C), or None -> the metric
 
@@ -29,7 +30,8 @@ def build_measures(metrics: Sequence[tuple[str, str | None]], device: torch.devi
     try:
         import pyiqa
     except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision that does not fit PyTorch
-        raise InputError(f"needs the pyiqa package ({error}); pip install pyiqa", argument="metrics") from None
+        advice = torchvision_advice(error, otherwise="pip install pyiqa")
+        raise InputError(f"needs the pyiqa package ({error}); {advice}", argument="metrics") from None
     known = pyiqa.list_models()
     measures = {}
     for name, weights in metrics:

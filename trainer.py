@@ -74,6 +74,7 @@ class Schedules:
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
+BAR_FORMAT = "{desc} |{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"  # fits 80 columns
 WHY_SKIPPED = "because their loss or gradient was not finite or their loss was too large"
 
 
@@ -231,7 +232,8 @@ class Trainer:
     def _progress_bar(self):
         steps = self.loader.sampler.steps
         visible = distributed.is_main_process()
-        return progress_bar(visible=visible, total=steps, initial=self.step, desc=f"epoch {self.epoch}")
+        options = {"total": steps, "initial": self.step, "desc": f"epoch {self.epoch}", "bar_format": BAR_FORMAT}
+        return progress_bar(visible=visible, **options)
 
     def _batches(self):
         with self._hint_to_resume():
@@ -258,12 +260,9 @@ class Trainer:
                 f"lower it and {resume_hint(self.experiment)}",
                 argument="lr",
             )
-        means, (_, tau, lambda_) = self.means.means(), self.schedules.at(self.epoch)
+        means = self.means.means()
         speed = self.step * self.loader.sampler.batch_size / (time.perf_counter() - started)
-        bar.set_postfix_str(
-            f"loss {means['loss']:.3f}, active {means['active']:.2f}, tau {tau:.2f}, lambda {lambda_:.3f}, "
-            f"{speed:.1f} images/s"
-        )
+        bar.set_postfix_str(f"loss {means['loss']:.4g}, active {means['active']:.2f}, {speed:.3g} images/s")
 
     def _finish_epoch(self):
         """Evaluate, and write weights, log.csv and curves."""

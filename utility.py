@@ -66,6 +66,19 @@ def in_parallel(function: Callable, items: Sequence, n_threads: int, title: str)
     return [future.result() for future in futures]
 
 
+# ---- optional packages -----------------------------------------------------------------------------------------------
+
+
+def torchvision_advice(error: Exception, otherwise: str = "") -> str:
+    """What to do if a package cannot be imported: `otherwise`, unless its torchvision does not fit PyTorch."""
+    if otherwise and isinstance(error, ImportError):
+        return otherwise
+    return (
+        "install the torchvision that matches this PyTorch: pip install torchvision "
+        "--index-url https://download.pytorch.org/whl/<cpu, cu126, ...>"
+    )
+
+
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 

@@ -248,6 +248,9 @@ def _legend_below(part: Figure | SubFigure) -> None:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+FIGURE_MARK = b"Matplotlib"  # in all files that it writes
+
+
 def to_png(figure: Figure, dpi: int = 150) -> bytes:
     """Render a figure as the bytes of a PNG file."""
     image = io.BytesIO()

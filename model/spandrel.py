@@ -14,11 +14,13 @@ from model.building import build_from_weights, matches
 from model.inference import build_predictor
 from model.network import Network
 from program import InputError
+from utility import torchvision_advice
 
 try:
     import spandrel
 except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision that does not fit PyTorch
-    raise InputError(f"the spandrel package cannot be imported ({error}); pip install spandrel") from None
+    advice = torchvision_advice(error, otherwise="pip install spandrel")
+    raise InputError(f"the spandrel package cannot be imported ({error}); {advice}") from None
 
 
 class NetworkArch(spandrel.Architecture[Network]):

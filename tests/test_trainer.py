@@ -13,13 +13,24 @@ import time
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 from checkpoint import Experiment
 from data import DataSettings, PatchSettings, build_test_sets, build_train_loader
 from loss import build_loss
 from model.smsr import SMSR
 from program import InputError
-from trainer import Forecast, Schedules, Trainer, TrainSettings, dry_run, learning_rate, sparsity_weight, temperature
+from trainer import (
+    BAR_FORMAT,
+    Forecast,
+    Schedules,
+    Trainer,
+    TrainSettings,
+    dry_run,
+    learning_rate,
+    sparsity_weight,
+    temperature,
+)
 from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
 from utility import be_deterministic
 
@@ -771,6 +782,16 @@ def test_a_broken_image_is_reported_with_the_command_to_resume(build, monkeypatc
     with pytest.raises(InputError, match=r"^a\.png: broken; then resume with: .* --load run$") as caught:
         trainer.fit(2)
     assert caught.value.argument == "ext"
+
+
+def test_the_progress_bar_fits_80_columns():
+    numbers = "loss 12.34, active 0.75, 12.3 images/s"
+    line = tqdm.format_meter(
+        130, 1000, 360, ncols=80, prefix="epoch 128", postfix=numbers, ascii=True, bar_format=BAR_FORMAT
+    )
+    assert len(line) <= 80
+    assert line.endswith(f"left, {numbers}]")
+    assert len(line.split("|")[1]) >= 5
 
 
 def test_a_dry_run_reports_what_a_run_costs_and_writes_nothing(build):

@@ -16,9 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from files import check_replaced
 from option import Parser
 from program import run_program
 from tools.benchmarks import data, gpu, inference, onnx, train
+from visualize import FIGURE_MARK
 
 COMMANDS = {
     "inference": inference,
@@ -52,6 +54,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int | None:
     args = parse(sys.argv[1:] if argv is None else argv)
+    for name, mark in (("json", b'"torch": '), ("plot", FIGURE_MARK)):
+        if path := getattr(args, name, None):
+            check_replaced(path, mark, argument=name)
     return COMMANDS[args.command].run(args)
 
 

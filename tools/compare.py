@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.image import read_image
 from data.resize import crop_to_multiple, downscale, upscale
 from evaluation import compare
-from files import check_outputs, write_whole
+from files import check_outputs, check_replaced, write_whole
 from model import load_model
 from model.network import Network
 from option import Parser, file_to_write, positive_int
 from program import InputError, run_program
-from visualize import comparison
+from visualize import FIGURE_MARK, comparison
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,6 +48,7 @@ def crop(text: str) -> tuple[int, int, int, int]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     check_outputs([args.output], [args.image, *args.methods], argument="output")
+    check_replaced(args.output, FIGURE_MARK, argument="output")
     image, networks = read_image(args.image), load_networks(args.methods)
     scale = common_scale(networks.values(), args.scale)
     hr = crop_to_multiple(image, scale)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from files import check_outputs, write_whole
+from files import check_outputs, check_replaced, write_whole
 from model import load_model
 from model.smsr import SMSR
 from option import Parser, file_to_write
 from program import InputError, run_program
-from visualize import channel_sheet
+from visualize import FIGURE_MARK, channel_sheet
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=file_to_write(".png"), required=True, metavar="FILE.png", help="file to write")
     args = parser.parse_args(argv)
     check_outputs([args.output], [args.pre_train], argument="output")
+    check_replaced(args.output, FIGURE_MARK, argument="output")
     model = load_model(args.pre_train)
     if not isinstance(model, SMSR):
         raise InputError(f"--pre_train {args.pre_train}: {type(model).__name__} has no masks; pass SMSR weights")

@@ -11,6 +11,7 @@ trained, a table of all images, and the commands of the tests. A click copies a 
 import argparse
 import base64
 import html
+import math
 import shlex
 import string
 import sys
@@ -119,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = [result for run in runs for result in run.results]
     sections = [
         *headline(results),
+        *trainings(runs),
         *comparisons(results, args.images, args.crop, problems),
         *curves(runs),
         *image_tables(results),
@@ -140,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_reports(folder: Path) -> None:
     """Raise InputError if the folder is a file, or the files to write exist in it and are not reports."""
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder}: is a file, not a folder; choose another")
+        raise InputError(f"{folder}: is a file, not a folder; choose the folder of a run")
     for path, start in ((folder / "report.html", b"<h1>Results: "), (folder / "report.md", b"# Results: ")):
         if path.exists() and start not in path.read_bytes():
             raise InputError(f"{path}: already exists and is not a report; choose another --output")
@@ -314,7 +316,7 @@ def image_tables(results: Sequence[Result]) -> Iterator[Section]:
         empty = np.flatnonzero((mask_densities(result.metrics) < EMPTY).all(0)) + 1
         if empty.size:
             modules = f"{'Module' if empty.size == 1 else 'Modules'} {', '.join(map(str, empty))}"
-            note = f"{modules}: the mask is empty on every image, so only the dense channels are computed."
+            note = f"{modules}: the mask is empty or nearly so on every image: little but dense channels is computed."
             yield Section(f'<p class="note">{note}</p>', note)
 
 
@@ -346,6 +348,32 @@ def _format(value: float | str | None, spec: str) -> str:
 
 
 # ---- images, in HTML only --------------------------------------------------------------------------------------------
+
+
+def trainings(runs: Iterable[Run]) -> Iterator[Section]:
+    """A table of the runs that were trained: the epoch with the best PSNR on the first validation set."""
+    rows = []
+    for run in runs:
+        column = next((name for name in run.history[-1] if name.startswith("psnr")), None) if run.history else None
+        scored = [row for row in run.history if math.isfinite(row.get(column, math.nan))]
+        if scored:
+            best = max(scored, key=lambda row: row[column])
+            _, colors, images = column.split("_", 2)
+            measured = [f"{images} ({colors.upper()})", f"{best[column]:.3f}"]
+            share = best.get(f"active_share_{images}")
+            rows.append(
+                [
+                    run.folder.name,
+                    f"{len(run.history)}",
+                    f"{best['epoch']:g}",
+                    *measured,
+                    f"{share:.3f}" if share else "-",
+                ]
+            )
+    if rows:
+        columns = ("run", "epochs", "best epoch", "validation set", "PSNR (dB)", "active share")
+        yield heading("Training")
+        yield table(Table(columns, rows, n_names=1))
 
 
 def curves(runs: Iterable[Run]) -> Iterator[Section]:

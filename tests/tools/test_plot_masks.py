@@ -1,4 +1,5 @@
 import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,21 @@ def test_channel_masks_are_counted_and_drawn(tmp_path, tiny, capsys):
     for line, (first, second) in zip(printed, counts, strict=False):
         assert line.endswith(f"dense channels per layer: {first} {second} (of 8)")
     assert iio.imread(tmp_path / "masks.png").ndim == 3
+
+
+def test_only_pictures_like_it_are_replaced(tmp_path, tiny):
+    torch.save(tiny.state_dict(), tmp_path / "weights.pt")
+    photo, masks = tmp_path / "photo.png", tmp_path / "masks.png"
+    iio.imwrite(photo, np.zeros((4, 4, 3), np.uint8))
+    before = photo.read_bytes()
+    line = ["--pre_train", str(tmp_path / "weights.pt"), "--output"]
+    with pytest.raises(InputError, match=r"photo\.png: already exists and is something else; choose another name"):
+        main([*line, str(photo)])
+    assert photo.read_bytes() == before
+    main([*line, str(masks)])
+    masks.write_bytes(masks.read_bytes() + b"old")
+    main([*line, str(masks)])
+    assert not masks.read_bytes().endswith(b"old")
 
 
 def test_a_network_without_masks_is_refused(tmp_path):

@@ -41,7 +41,6 @@ import torch
 from matplotlib.figure import Figure  # no pyplot: it may open a window system
 
 from data.image import read_image
-from files import check_outputs
 from model import build_model, load_model
 from model.engines import pick_engine
 from model.engines.native import NativeEngine, NativePlan
@@ -125,8 +124,6 @@ def read_images(args: argparse.Namespace, n_colors: int) -> tuple[dict[str, np.n
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, and write the files that the options ask for; returns the exit code."""
-    if args.plot and args.images:
-        check_outputs([args.plot], args.images.glob("*"), argument="plot")
     if args.threads:
         torch.set_num_threads(args.threads)
     device, dtype = pick_device(args.device), PRECISIONS[args.precision]

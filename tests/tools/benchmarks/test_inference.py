@@ -150,6 +150,6 @@ def test_a_broken_image_is_named_and_the_others_are_timed(tmp_path, weights, cap
     assert main([*line, "--json", str(tmp_path / "out.json")]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {tmp_path / 'b.png'}: not an image")
     assert [row["name"] for row in json.loads((tmp_path / "out.json").read_text())["images"]] == ["a.bmp", "a.png"]
-    with pytest.raises(InputError, match="would overwrite") as error:
+    with pytest.raises(InputError, match="already exists and is something else") as error:
         main([*line, "--plot", str(tmp_path / "a.png")])
     assert error.value.argument == "plot"
