@@ -7,6 +7,7 @@ import math
 import os
 import re
 import reprlib
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,13 @@ OnOff = argparse.BooleanOptionalAction  # so that a resumed run can switch it of
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every option that has one, and what kind of value an option takes."""
+    """Wraps paragraphs, and shows the default of every option and what kind of value it takes."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Paragraphs are wrapped; those with indented lines, such as examples and tables, stay as they are."""
+        paragraphs = text.strip().split("\n\n")
+        wrapped = (part if "\n " in f"\n{part}" else textwrap.fill(part, width) for part in paragraphs)
+        return textwrap.indent("\n\n".join(wrapped), indent)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         value = action.default
@@ -330,11 +337,6 @@ def _add_network_options(group):
 
 
 def _add_training_options(group):
-    group.add_argument(
-        "--reset",
-        action="store_true",
-        help="overwrite the run, or the results of the same images, that --save already holds",
-    )
     group.add_argument("--test_every", type=positive_int, default=1000, help="batches per epoch")
     group.add_argument("--epochs", type=positive_int, default=1000, help="epochs to train")
     group.add_argument("--batch_size", type=at_most(2**16), default=16, help="patches per batch, over all processes")
@@ -462,6 +464,11 @@ def _add_run_options(group):
     group.add_argument(
         "--save",
         help="name of the run: experiment/NAME (default: that of --load, or else test, or test-2 if test is taken ...)",
+    )
+    group.add_argument(
+        "--reset",
+        action="store_true",
+        help="overwrite the run, or the results of the same images, that --save already holds",
     )
     group.add_argument("--load", default="", help="run to resume, or to test; its options are the defaults")
     group.add_argument(

@@ -25,7 +25,7 @@ def check(value: Any, schema: Schema, origin: Any, advice: str, argument: str | 
     problems = list(schema(value, ""))
     if problems:
         more = len(problems) - MAX_PROBLEMS
-        text = ", ".join(problems[:MAX_PROBLEMS]) + (f" and {more} more problems" if more > 0 else "")
+        text = ", ".join(problems[:MAX_PROBLEMS]) + (f" and {more} more" if more > 0 else "")
         raise InputError(f"{origin}: {text}; {advice}", argument)
 
 

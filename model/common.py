@@ -29,7 +29,9 @@ def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 def check_images(x: torch.Tensor, n_colors: int) -> None:
-    """Raise InputError unless x is (N, n_colors, H, W), and not empty."""
+    """Raise InputError unless x is (N, n_colors, H, W), not empty, and neither sparse nor without data."""
+    if x.layout != torch.strided or x.is_meta:
+        raise InputError(f"this network takes dense tensors with data, not {x.layout} on {x.device}; convert them")
     if x.ndim != 4 or x.shape[1] != n_colors or not x.numel():
         raise InputError(f"this network takes images (N, {n_colors}, H, W), not {tuple(x.shape)}; reshape them")
 

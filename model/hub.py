@@ -37,7 +37,7 @@ def _read_sizes(network, folder):
     """The constructor arguments in config.json. Raises InputError if it names another network."""
     path, advice = folder / CONFIG, "use a folder that tools/export_hub.py or save_pretrained wrote"
     names = inspect.signature(network).parameters
-    numbers = dict.fromkeys(names, schema.number(1e-9))
+    numbers = {name: schema.number(1e-9) if name in network.settings else schema.integer(1) for name in names}
     content = load_json(path, advice)
     accepted = schema.mapping(optional={"architectures": schema.list_of(schema.text)} | numbers, rest=schema.anything)
     schema.check(content, accepted, path, advice)
@@ -63,7 +63,8 @@ def _download(source):
     except Exception as error:  # of the connection, the repository, the cache or the disk
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{source}: no such folder, and it cannot be downloaded from Hugging Face ({reason}); check the name"
+            f"{source}: no such folder, and it cannot be downloaded from Hugging Face ({reason}); "
+            "check the name and the connection"
         ) from None
     return Path(paths[0]).parent
 

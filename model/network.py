@@ -1,5 +1,7 @@
 """What every network here offers: its settings, conversion from and to 8-bit images, and the cost of a forward pass."""
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -189,9 +191,10 @@ class Network(nn.Module):
         dtype, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
         is_image = dtype in PIXEL_DTYPES.values() and len(shape) == 3 and shape[2] == self.n_colors
         if not is_image or not image.size:
+            fix = "open it with Pillow first" if isinstance(image, str | os.PathLike) else "convert the image"
+            found = f"{dtype} {shape}" if shape else dtype
             raise InputError(
-                f"this network upscales uint8 or uint16 arrays (H, W, {self.n_colors}), "
-                f"not {dtype} {shape}; convert the image"
+                f"this network upscales uint8 or uint16 arrays (H, W, {self.n_colors}), not {found}; {fix}"
             )
         sr, _ = predict(self.to_input(image[None]))
         return to_numpy(self.to_images(sr, image.dtype)[0])
@@ -223,7 +226,9 @@ def _check_unit_range(images: torch.Tensor) -> None:
     if not images.is_floating_point():
         raise InputError(f"this network upscales tensors of uint8, uint16 or float, not {images.dtype}; convert them")
     low, high = (value.item() for value in images.aminmax())
-    if not (low >= 0 and high <= 1):  # NaN too
+    if math.isnan(low):
+        raise InputError("upscale takes floating-point images in 0...1, and these contain NaN; replace it")
+    if not (low >= 0 and high <= 1):
         raise InputError(
             f"upscale takes floating-point images in 0...1, and these reach from {low:g} to {high:g}; "
             "scale or clamp them, or call the network itself, which takes 0...rgb_range"

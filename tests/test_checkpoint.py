@@ -198,7 +198,7 @@ def test_a_checkpoint_with_a_missing_or_wrong_entry_is_refused(experiment, key):
         ({"names": ["loss", 1]}, "names.1 is 1, not text"),
         ({"history": [{"epoch": 1}]}, "history.0.loss is missing"),
         ({"history": [{"epoch": 1, "loss": "low"}]}, "history.0.loss is 'low', not a number"),
-        ({"history": ["row"] * 9}, "history.0 is 'row', not a mapping, .* and 5 more problems"),
+        ({"history": ["row"] * 9}, "history.0 is 'row', not a mapping, .* and 5 more"),
         ({"mask_histogram": {"mask_0.1": None}}, "mask_histogram.mask_0.1 is None, not a number"),
         ({"scaler": {}}, "scaler.scale is missing"),
     ],

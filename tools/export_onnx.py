@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,11 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output.exists() and facts["weights_sha256"].encode() not in args.output.read_bytes():
         raise InputError(f"--output {args.output}: already exists, not made from these weights; choose another name")
     try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)  # before the export, which takes a minute
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output.parent).close()  # before the export, which takes a minute
     except OSError as error:
-        raise InputError(
-            f"--output {args.output}: cannot create its folder: {error.strerror}; choose another"
-        ) from None
+        raise InputError(f"--output {args.output}: cannot be written: {error.strerror}; choose another") from None
     print(f"exporting {args.pre_train}, which takes a minute", file=sys.stderr, flush=True)
     graph = export(model.to(PRECISIONS[args.precision]), mode, args.pixels, args.masks)
     for key, value in facts.items():

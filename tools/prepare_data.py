@@ -2,17 +2,23 @@
 
     python tools/prepare_data.py download DIV2K --scales 2 --out dataset
     python tools/prepare_data.py download benchmark --out dataset
-        Download a published set and unpack it: DIV2K, or Set5, Set14, B100 and Urban100.
+        Download a published set and unpack it: DIV2K, or Set5, Set14, B100
+        and Urban100.
 
-    python tools/prepare_data.py train --hr DIR [DIR ...] --name NAME --scales 2 3 4 --out OUT
-        Make a training set: OUT/NAME/HR/*.png and OUT/NAME/LR_bicubic/X<s>/*.png. Unusable images are skipped and
-        listed.
-    python tools/prepare_data.py benchmark --hr DIR --name NAME --scales 2 3 4 --out testsets
-        Make a benchmark set in OUT/benchmark/NAME. An unusable image is an error.
+    python tools/prepare_data.py train --hr DIR [DIR ...] --name NAME
+        --scales 2 3 4 --out OUT
+        Make a training set: OUT/NAME/HR/*.png and
+        OUT/NAME/LR_bicubic/X<s>/*.png. Unusable images are skipped and listed.
+    python tools/prepare_data.py benchmark --hr DIR --name NAME
+        --scales 2 3 4 --out testsets
+        Make a benchmark set in testsets/benchmark/NAME. An unusable image is
+        an error.
     python tools/prepare_data.py div2k --archive_dir DIR --out OUT
-        Write OUT/DIV2K/DIV2K_train_HR and so on from the published archives or folders.
+        Write OUT/DIV2K/DIV2K_train_HR and so on from the published archives or
+        folders.
     python tools/prepare_data.py check DIR --scale S
-        Describe a set and list its problems. The exit code is 1 if there are any.
+        Describe a set and list its problems. The exit code is 1 if there are
+        any.
 
 HR images are written whole. The LR images of a scale are made like MATLAB's bicubic imresize, from HR images cropped
 to a multiple of that scale. A file that already exists must hold what would be written; otherwise nothing is written.

@@ -1,15 +1,20 @@
-"""Upscale images with a network that tools/export_onnx.py exported; PyTorch is not needed.
+"""Upscale images with a network that tools/export_onnx.py exported; PyTorch is
+not needed.
 
     python tools/run_onnx.py --model smsr_x2.onnx --input photos --output upscaled
 
-This needs onnxruntime, numpy, pillow, and three more files of this project: copy run_onnx.py, picture.py, files.py and
-program.py into one folder anywhere. TIFF images and 16 bits per channel also need tifffile and opencv-python-headless.
+This needs onnxruntime, numpy, pillow, and three more files of this project:
+copy run_onnx.py, picture.py, files.py and program.py into one folder anywhere.
+TIFF images and 16 bits per channel also need tifffile and opencv-python-
+headless.
 
-It writes <name>_x<scale>_SR.png for each image. Another call skips the images that are done, so an interrupted one
-resumes; it does not overwrite results of another network or of other images. Alpha and color profiles are kept. So are
+It writes <name>_x<scale>_SR.png for each image. Another call skips the images
+that are done, so an interrupted one resumes; it does not overwrite results of
+another network or of other images. Alpha and color profiles are kept. So are
 16 bits, if the network was exported with --pixels float.
 
-Images that cannot be upscaled are named at the end. The exit code is then 1, or 2 if no image could be upscaled.
+Images that cannot be upscaled are named at the end. The exit code is then 1,
+or 2 if no image could be upscaled.
 """
 
 import argparse

@@ -57,7 +57,7 @@ def build_server(model: Path, port: int = 8000) -> http.server.ThreadingHTTPServ
     if b"smsr_scale" not in model.read_bytes():  # checked here because the page cannot read the metadata
         raise InputError(f"--model {model}: has no metadata smsr_scale; export it with tools/export_onnx.py")
     if not (FOLDER / "node_modules/onnxruntime-web").is_dir():
-        raise InputError("onnxruntime-web is not installed; npm install --prefix tools/web")
+        raise InputError(f"{FOLDER}: onnxruntime-web is not installed; npm install --prefix tools/web")
     try:
         return http.server.ThreadingHTTPServer(("localhost", port), functools.partial(Handler, model=model))
     except OSError as error:

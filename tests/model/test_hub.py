@@ -63,7 +63,8 @@ def test_settings_that_weights_of_version_0_1_0_lack_come_from_the_config(tmp_pa
         ({"architectures": "SMSR"}, "architectures is 'SMSR', not a list"),
         ({"scale": 2}, "holds SMSR weights for scale 3, not 2; use scale 3, or other weights"),
         ({"n_blocks": 10**12}, r"holds SMSR weights for n_blocks 3, not 1e\+12"),
-        ({"n_feats": "64"}, "n_feats is '64', not a number"),
+        ({"n_feats": "64"}, "n_feats is '64', not an integer >= 1"),
+        ({"scale": -1}, "scale is -1, not an integer >= 1"),
         ({"rgb_range": -1}, "rgb_range is -1, not a finite number"),
     ],
 )

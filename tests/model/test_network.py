@@ -221,7 +221,9 @@ def test_tensors_that_are_not_images_are_refused(name):
     for wrong, message in (
         (image * 255, r"in 0\.\.\.1, and these reach from [\d.]+ to 2[\d.]+; scale or clamp them"),
         (image - 0.5, r"reach from -0\.\d+"),
-        (broken, "reach from nan to nan"),
+        (broken, "these contain NaN; replace it"),
+        (image.to_sparse(), r"takes dense tensors with data, not torch\.sparse_coo on cpu"),
+        (image.to("meta"), r"takes dense tensors with data, not torch\.strided on meta"),
         (image[0], r"takes images \(N, 3, H, W\), not \(3, 4, 5\)"),
         (image[:, :1], r"not \(1, 1, 4, 5\)"),
         (image[:0], r"not \(0, 3, 4, 5\)"),
@@ -230,7 +232,7 @@ def test_tensors_that_are_not_images_are_refused(name):
     ):
         with pytest.raises(InputError, match=message):
             model.upscale(wrong)
-    with pytest.raises(InputError, match="not str"):
+    with pytest.raises(InputError, match="not str; open it with Pillow first"):
         model.upscale("photo.png")
 
 

@@ -210,7 +210,7 @@ HARMFUL = {
     "unknown keys": (lambda: network_with("x" * 10**5, torch.zeros(1)), "is unknown"),
     "many unknown keys": (
         lambda: network_with("a", torch.zeros(1)) | {f"k{i}": torch.zeros(1) for i in range(9999)},
-        "more problems",
+        "more;",
     ),
 }
 
