@@ -324,7 +324,7 @@ class Trainer:
         self.experiment.save_weights(f"latest{suffix}", weights)
 
     def _is_best(self, suffix):
-        """Whether the last epoch is the best so far; those without masks count only until the first one with masks."""
+        """Whether the last epoch is the best so far; the first one with masks beats all those without."""
         *former, last = self.history
         name = next(key for key in last if key.startswith("psnr")) + suffix
         rivals = [row for row in former if self.schedules.has_masks(row["epoch"]) or not self._has_masks]
