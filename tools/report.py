@@ -269,7 +269,8 @@ def headline(results: Sequence[Result]) -> Iterator[Section]:
         yield heading(f"x{scale}")
         yield table(Table(HEADLINE, rows, n_names=2, best=frozenset(best)), kind="headline")
         note = "PSNR and SSIM on the Y channel; multiply-adds for an output of 1280x720, and as a share of the same "
-        yield Section(f'<p class="note">{note}network without masks. The best number of each set is bold.</p>')
+        note += "network without masks." + (" The best number of each set is bold." if best else "")
+        yield Section(f'<p class="note">{note}</p>')
 
 
 def _published_row(scale: int, name: str) -> list[str]:
