@@ -157,14 +157,13 @@ def mask_histogram(masks: Sequence[torch.Tensor]) -> Row:
 
 
 def write_history(folder: Path, history: Sequence[Row]) -> None:
-    """Write log.csv, one row per epoch, and the curves of its columns to the folder of a run."""
+    """Write log.csv, one row per epoch, to the folder of a run."""
     columns = _columns(history)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in history)
     write_whole(folder / "log.csv", text.getvalue().encode())
-    write_curves(folder, history)
 
 
 def read_history(folder: Path) -> list[Row]:

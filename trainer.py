@@ -21,7 +21,7 @@ from evaluation import evaluate, headline, mask_densities
 from model.inference import build_predictor
 from program import InputError
 from recovery import report_failures, resume_hint, stop_on_interrupt
-from summary import MaskMonitor, Row, RunningMeans, TensorBoard, mask_histogram, write_history
+from summary import MaskMonitor, Row, RunningMeans, TensorBoard, mask_histogram, write_curves, write_history
 from training_step import TrainingStep
 from utility import logger, peak_memory, progress_bar, synchronize
 
@@ -74,6 +74,7 @@ class Schedules:
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
+CURVES_EVERY = 60  # seconds at least, except at the end: drawing them takes more than one
 BAR_FORMAT = "{desc} |{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"  # fits 80 columns
 WHY_SKIPPED = "because their loss or gradient was not finite or their loss was too large"
 
@@ -158,6 +159,7 @@ class Trainer:
         self.means = RunningMeans(self.model.device)
         self.seconds, self.mask_histogram = 0.0, {}  # of the epoch in progress; of its last step
         self.mask_monitor = MaskMonitor()
+        self.curves_due = time.monotonic() + CURVES_EVERY
         self.forecast = Forecast(device=self.model.device, steps=loader.sampler.steps)
 
     def fit(self, epochs: int) -> bool:
@@ -172,9 +174,12 @@ class Trainer:
                 stopped = self._train_epoch(stop)
                 self._save_checkpoint()
                 if stopped:
+                    self._draw_curves()
                     logger.info(f"stopped in epoch {self.epoch} after step {self.step}; everything is saved")
                     return False
                 self._finish_epoch()
+                if self.epoch > epochs or time.monotonic() > self.curves_due:
+                    self._draw_curves()
         return True
 
     def _train_epoch(self, stop):
@@ -265,7 +270,7 @@ class Trainer:
         bar.set_postfix_str(f"loss {means['loss']:.4g}, active {means['active']:.2f}, {speed:.3g} images/s")
 
     def _finish_epoch(self):
-        """Evaluate, and write weights, log.csv and curves."""
+        """Evaluate, and write weights and log.csv."""
         lr, tau, lambda_ = self.schedules.at(self.epoch)
         row = {"epoch": self.epoch, "lr": lr, "tau": tau, "lambda": lambda_, **self.means.means()}
         row |= {"skipped": int(self.means.skipped[0]), "seconds": self.seconds}
@@ -284,6 +289,11 @@ class Trainer:
         self.means.start_epoch()
         self.seconds, self.mask_histogram = 0.0, {}
         self._save_checkpoint()  # last: killed before this line, the epoch is evaluated and saved again
+
+    def _draw_curves(self):
+        if distributed.is_main_process() and self.history:
+            write_curves(self.experiment.folder, self.history)
+        self.curves_due = time.monotonic() + CURVES_EVERY
 
     def _networks(self):
         """The network and, if it is kept, its moving average, each with the suffix of its files and columns."""

@@ -784,6 +784,15 @@ def test_a_broken_image_is_reported_with_the_command_to_resume(build, monkeypatc
     assert caught.value.argument == "ext"
 
 
+@pytest.mark.parametrize(("seconds", "drawn"), [(60, [3]), (0, [1, 2, 3])])
+def test_curves_are_drawn_now_and_then_and_at_the_end(build, monkeypatch, seconds, drawn):
+    found = []
+    monkeypatch.setattr("trainer.CURVES_EVERY", seconds)
+    monkeypatch.setattr("trainer.write_curves", lambda folder, history: found.append(len(history)))
+    build().fit(3)
+    assert found == drawn
+
+
 def test_the_progress_bar_fits_80_columns():
     numbers = "loss 12.34, active 0.75, 12.3 images/s"
     line = tqdm.format_meter(

@@ -175,8 +175,8 @@ def test_released_weights_agree_on_sample_images():
     model = load_model(REPOSITORY / "experiment/released/SMSR_X4/model/model_best.pt")
     folder = REPOSITORY / "testsets/benchmark/Sample/LR_bicubic/X4"
     session = start(export(model))
-    for path in sorted(folder.iterdir()):
-        image = read_image(path)
+    for name in ("camera", "coffee"):
+        image = read_image(folder / f"{name}.png")
         (sr,) = session.run(None, {"image": image[None]})
         assert np.abs(sr - run_native(model, image[None])[0].clip(0, 255).round()).max() <= 1
         assert np.abs(sr[0].astype(int) - model.upscale(image)).max() <= 1

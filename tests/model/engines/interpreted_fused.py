@@ -64,7 +64,7 @@ def test_extreme_masks_and_channel_masks(density, dense):
     assert cost.important == (round(density * 48),)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     seed=st.integers(0, 2**31),
     n=st.integers(1, 2),
@@ -96,7 +96,7 @@ def test_any_network(sizes):
 
 
 def test_many_tiles():
-    x = torch.rand(2, 3, 25, 30).contiguous(memory_format=torch.channels_last) * 255
+    x = torch.rand(2, 3, 17, 18).contiguous(memory_format=torch.channels_last) * 255
     assert_equals_plain(SMSR(2, n_feats=16, n_blocks=1, n_layers=2).eval(), x)
 
 
@@ -112,7 +112,7 @@ def test_float16():
 
 
 def test_two_runs_give_the_same_bits():
-    x = torch.rand(1, 3, 20, 22) * 255
+    x = torch.rand(1, 3, 10, 18) * 255
     engine = FusedEngine(Plan(SMSR(2, n_feats=16, n_blocks=1, n_layers=2).eval()))
     first, second = (engine.fused(x) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
