@@ -771,10 +771,12 @@ def test_ctrl_c_saves_and_prints_how_to_resume(folder):
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="sends POSIX signals as Linux does")
 def test_sigterm_to_all_processes_of_a_run_saves(folder):
-    process = start(f"{TRAIN.replace('--n_threads 0', '--n_threads 2')} --epochs 100000")
-    wait_for(Path("experiment/run/log.csv").exists)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(workers) >= 2
+    process = start(f"{TRAIN.replace('--n_threads 0', '--n_threads 2')} --test_every 1000000")
+    wait_for(Path("experiment/run/checkpoint.pt").exists)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_for(lambda: len(children.read_text().split()) >= 2)
+    time.sleep(1)  # until they ignore it
+    workers = children.read_text().split()
     for pid in (*map(int, workers), process.pid):  # a batch system does this
         os.kill(pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
