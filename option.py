@@ -22,7 +22,7 @@ TEMPLATES = {
     "short": {"model": "SMSR", "patch_size": 48, "batch_size": 8, "test_every": 300, "epochs": 60, "ema": 0.999},
     "GAN": {"epochs": 200, "lr": 5e-5, "loss": "5*VGG54+0.15*GAN"},
 }
-# Schedules of a run of so many epochs, where none is given; a run of another length takes them in proportion.
+# Default schedules, for runs of this many epochs. Runs of another length scale them.
 PAPER_SCHEDULES = {"epochs": 1000, "unmasked_epochs": 0, "decay": [200], "tau_epochs": 500, "lambda_warmup": 50}
 SCHEDULES = {  # of templates
     "short": {"epochs": 60, "unmasked_epochs": 30, "decay": [40, 48, 55], "tau_epochs": 33, "lambda_warmup": 15},
@@ -63,8 +63,8 @@ test       python main.py --load mine --test_only --data_test Set5+Set14
 upscale    python main.py --load mine --test_only --save_results \\
                --data_test demo --dir_demo photos
 
-Runs are kept in experiment/. --pre_train FILE uses other weights than those of
-a run, for example experiment/released/SMSR_X2/model/model_best.pt.
+Runs are kept in experiment/. --pre_train FILE loads weights from a file, for
+example experiment/released/SMSR_X2/model/model_best.pt.
 """.strip()
 OnOff = argparse.BooleanOptionalAction  # so that a resumed run can switch it off
 
@@ -314,7 +314,7 @@ def _add_data_options(group):
 
 
 def _add_network_options(group):
-    group.description = "Sizes default to those of --pre_train, or else to the network's own."
+    group.description = "Sizes that are not given come from --pre_train, or else from the network's defaults."
     group.add_argument("--model", default="SMSR", help="SMSR or EDSR")
     group.add_argument("--pre_train", metavar="FILE", default="", help="weights file to start from, or to test")
     group.add_argument("--n_feats", type=at_most(4096), help="feature channels")

@@ -12,7 +12,7 @@ import torch
 
 from loading import load_tensors
 from program import InputError
-from utility import torchvision_advice
+from utility import TORCHVISION_ADVICE
 
 Measure = Callable[[np.ndarray, np.ndarray | None], float]  # SR and HR, uint8 (H, W, C), or None -> the metric
 
@@ -30,7 +30,7 @@ def build_measures(metrics: Sequence[tuple[str, str | None]], device: torch.devi
     try:
         import pyiqa
     except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision that does not fit PyTorch
-        advice = torchvision_advice(error, otherwise="pip install pyiqa")
+        advice = "pip install pyiqa" if isinstance(error, ImportError) else TORCHVISION_ADVICE
         raise InputError(f"needs the pyiqa package ({error}); {advice}", argument="metrics") from None
     known = pyiqa.list_models()
     measures = {}

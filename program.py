@@ -80,7 +80,7 @@ def _advice(error):
 
 @contextlib.contextmanager
 def naming(path: object) -> Iterator[None]:
-    """Name a file in errors of writing it: those of a full disk do not."""
+    """Add the name of a file to an OSError raised while writing it: that of a full disk has none."""
     try:
         yield
     except OSError as error:

@@ -27,6 +27,10 @@ except ImportError:  # on Windows
     resource = None
 
 logger = logging.getLogger("smsr")
+TORCHVISION_ADVICE = (
+    "install the torchvision that matches this PyTorch: pip install torchvision "
+    "--index-url https://download.pytorch.org/whl/<cpu, cu126, ...>"
+)
 PRECISIONS = {"single": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -64,19 +68,6 @@ def in_parallel(function: Callable, items: Sequence, n_threads: int, title: str)
             pool.shutdown(cancel_futures=True)
             raise
     return [future.result() for future in futures]
-
-
-# ---- optional packages -----------------------------------------------------------------------------------------------
-
-
-def torchvision_advice(error: Exception, otherwise: str = "") -> str:
-    """What to do if a package cannot be imported: `otherwise`, unless its torchvision does not fit PyTorch."""
-    if otherwise and isinstance(error, ImportError):
-        return otherwise
-    return (
-        "install the torchvision that matches this PyTorch: pip install torchvision "
-        "--index-url https://download.pytorch.org/whl/<cpu, cu126, ...>"
-    )
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------

@@ -248,7 +248,7 @@ def _legend_below(part: Figure | SubFigure) -> None:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-FIGURE_MARK = b"Matplotlib"  # in all files that it writes
+FIGURE_MARK = b"Matplotlib"  # in every figure that it writes
 
 
 def to_png(figure: Figure, dpi: int = 150) -> bytes:

@@ -9,7 +9,7 @@ from torch import nn
 import schema
 from loading import load_tensors
 from program import InputError
-from utility import torchvision_advice
+from utility import TORCHVISION_ADVICE
 
 # Number of layers of VGG19 that compute the features. VGG<i><j> are those of the j-th convolution (before its ReLU)
 # before the i-th max pooling.
@@ -45,7 +45,7 @@ def _vgg19(weights):
         from torchvision.models import VGG19_Weights, vgg19
     except (ImportError, RuntimeError) as error:  # RuntimeError: PyPI's torchvision with a CPU-only PyTorch
         problem = f"VGG needs torchvision, which cannot be imported here ({error})"
-        raise InputError(f"{problem}; {torchvision_advice(error)}", argument="loss") from None
+        raise InputError(f"{problem}; {TORCHVISION_ADVICE}", argument="loss") from None
     if weights is None:
         try:
             return vgg19(weights=VGG19_Weights.IMAGENET1K_V1)

@@ -14,12 +14,12 @@ from model.building import build_from_weights, matches
 from model.inference import build_predictor
 from model.network import Network
 from program import InputError
-from utility import torchvision_advice
+from utility import TORCHVISION_ADVICE
 
 try:
     import spandrel
 except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision that does not fit PyTorch
-    advice = torchvision_advice(error, otherwise="pip install spandrel")
+    advice = "pip install spandrel" if isinstance(error, ImportError) else TORCHVISION_ADVICE
     raise InputError(f"the spandrel package cannot be imported ({error}); {advice}") from None
 
 

@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--pixels",
         choices=PIXELS,
         default="uint8",
-        help="data type of input and output images; float: that of --precision, not clamped",
+        help="data type of input and output images; float: the type that --precision names, values not clamped",
     )
     parser.add_argument(
         "--res_scale",
