@@ -21,7 +21,11 @@ import argparse
 import copy
 import functools
 import itertools
+import multiprocessing
+import os
 import platform
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +51,7 @@ SPLITS = ((), (0, 0, 0, 0), (64, 64, 64, 64), (1, 0, 1, 0), (0, 64, 0, 64), (63,
 DENSITIES = (0.0, 0.3, 1.0)
 N_CHECKED_STEPS = 16  # of a training; from the fourth of each kind on they are replayed as a CUDA graph
 N_UNMASKED_STEPS = 6  # of these, the first ones
+TRAINING = ("--precision", "bf16", "--compile", "--epochs", "3")  # of the size of the paper's
 COLUMNS = ("unmasked", "unmasked_graph", "compiled_graph", "fused", "fused_graph")
 
 
@@ -67,14 +72,11 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise InputError("gpu: no CUDA device is available; run it on a machine with an NVIDIA GPU")
     device = torch.device("cuda")
-    be_deterministic()
-    say("checking training steps")
-    checks = check_training(device)
-    be_deterministic(False)
+    model = load_model(args.pre_train, "SMSR")
+    say("checking results")
+    checks = check_all(model, device)
     torch.backends.cudnn.benchmark = True
-    model = load_model(args.pre_train, "SMSR").to(device)
-    say("checking inference")
-    checks += check_results(model, device)
+    model = model.to(device)
     wrong = [check for check in checks if not check["right"]]
     for check in wrong:
         print(f"wrong: {check}")
@@ -100,9 +102,31 @@ def run(args: argparse.Namespace) -> int:
     return 1 if wrong or any(row["waits"] for row in rows) else 0
 
 
+def check_all(
+    model: SMSR, device: torch.device, engine: str = "fused", compiled: bool = True
+) -> list[dict[str, object]]:
+    """All checks, each in a process of its own: most of their time is compilation, which takes one core."""
+    calls = [functools.partial(check_training, device, compiled)]
+    calls += [functools.partial(check_results, model, device, *case, engine=engine) for case in check_cases()]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(len(calls), os.cpu_count()), spawn, max_tasks_per_child=1) as pool:
+        checks = [pool.submit(call) for call in calls]
+        return [check for result in checks for check in result.result()]
+
+
+def check_cases() -> list[tuple[tuple[int, ...], str]]:
+    """(split, precision) of the results that are checked: splits other than the network's in one precision."""
+    return [(SPLITS[0], name) for name in PRECISIONS] + [(split, "half") for split in SPLITS[1:]]
+
+
 @torch.no_grad()
 def check_results(
-    model: SMSR, device: torch.device, size: tuple[int, int] = (37, 51), engine: str = "fused"
+    model: SMSR,
+    device: torch.device,
+    split: tuple[int, ...],
+    precision: str,
+    size: tuple[int, int] = (37, 51),
+    engine: str = "fused",
 ) -> list[dict[str, object]]:
     """Compare an engine with the masked reference; "right" tells whether a result is within its tolerance.
 
@@ -111,28 +135,26 @@ def check_results(
     """
     height, width = size
     image = mirrored_photograph(2 * height, width, model.n_colors).reshape(2, height, width, model.n_colors)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     checks = []
-    for split, density, (name, dtype) in itertools.product(SPLITS, DENSITIES, PRECISIONS.items()):
-        if split and name != "half":  # each combination compiles its own kernels, which takes seconds
-            continue
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-        case = with_dense_channels(model, split).float().to(device)
+    for density in DENSITIES:
+        case = with_dense_channels(model, split).to(device)
         case.use_engine(engine)
         case = with_density(case, case.to_input(image), density)
         expected = case.masked_forward(case.to_input(image))
-        case = case.to(dtype)
+        case = case.to(PRECISIONS[precision])
         x = case.to_input(image)
         allowed = 2 * (case.masked_forward(x).float() - expected).abs().mean().item() + 0.01
         difference = (case.inference(x, "sparse")[0].float() - expected).abs().mean().item()
-        check = {"split": split, "density": density, "precision": name, "mean_difference": difference}
+        check = {"split": split, "density": density, "precision": precision, "mean_difference": difference}
         fell_back = sorted(getattr(case._engine, "reported", ()))  # to plain operators
         checks.append(check | {"fell_back": fell_back, "right": difference <= allowed and not fell_back})
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     return checks
 
 
 def check_training(device: torch.device, compiled: bool = True) -> list[dict[str, object]]:
-    """Compare trainings of a small network, bit for bit; needs utility.be_deterministic."""
+    """Compare trainings of a small network, bit for bit."""
+    be_deterministic()
     settings = StepSettings(precision=torch.bfloat16, compile=compiled, ema=0.9, gclip=1.0)
     half, full = N_CHECKED_STEPS // 2, N_CHECKED_STEPS
     expected = take_steps(build_small_step(device, settings), 0, full)
@@ -171,17 +193,11 @@ def take_steps(step: TrainingStep, first: int, last: int) -> dict[str, object]:
     return copy.deepcopy(step.state())
 
 
-def measure_training(device: torch.device) -> dict[str, dict]:
-    """The times of steps and of whole epochs, of the size of the paper's."""
-    options = {
-        "precision": ["bf16"],
-        "compile": True,
-        "baseline": False,
-        "scale": 2,
-        "batch_size": 16,
-        "patch_size": 96,
-    }
-    args = argparse.Namespace(**options, repeats=15, epochs=3, steps=200)
+def measure_training(device: torch.device, options: Sequence[str] = TRAINING) -> dict[str, dict]:
+    """The times of steps and of whole epochs, for some options of `benchmark.py train`."""
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    args = parser.parse_args(options)
     steps = train.time_steps(args, device)
     return {"steps": steps, "epochs": train.time_epochs(args, device, steps)}
 

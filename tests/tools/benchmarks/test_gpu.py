@@ -7,7 +7,7 @@ from model.smsr import SMSR
 from program import InputError
 from tools import benchmark
 from tools.benchmarks import gpu
-from tools.benchmarks.gpu import check_results, check_training, with_dense_channels
+from tools.benchmarks.gpu import check_all, check_results, check_training, measure_training, with_dense_channels
 from training_step import TrainingStep
 
 
@@ -28,16 +28,18 @@ def test_without_a_gpu_it_ends_with_one_line():
         benchmark.main(["gpu"])
 
 
-def test_right_results_are_found_right(model, few_cases):
-    checks = check_results(model, torch.device("cpu"), size=(7, 9), engine="plain")
-    assert [(check["split"], check["density"], check["precision"]) for check in checks] == [
-        *(((), density, precision) for density in (0.0, 0.3, 1.0) for precision in ("exact", "half")),
+def test_all_checks_run(model, few_cases):
+    checks = check_all(model, torch.device("cpu"), engine="plain", compiled=False)
+    assert [(check.get("split"), check.get("density"), check.get("precision")) for check in checks] == [
+        *[(None, None, None)] * 2,  # of the training
+        *(((), density, "exact") for density in (0.0, 0.3, 1.0)),
+        *(((), density, "half") for density in (0.0, 0.3, 1.0)),
         *(((0, 16), density, "half") for density in (0.0, 0.3, 1.0)),
     ]
     assert all(check["right"] for check in checks)
 
 
-def test_wrong_results_are_found(model, few_cases, monkeypatch):
+def test_wrong_results_are_found(model, monkeypatch):
     inference = SMSR.inference
 
     def wrong(self, x, mode="auto", tile=None):
@@ -45,7 +47,8 @@ def test_wrong_results_are_found(model, few_cases, monkeypatch):
         return sr + 1, cost
 
     monkeypatch.setattr(SMSR, "inference", wrong)
-    assert not any(check["right"] for check in check_results(model, torch.device("cpu"), size=(7, 9), engine="plain"))
+    checks = check_results(model, torch.device("cpu"), (), "exact", size=(7, 9), engine="plain")
+    assert len(checks) == 3 and not any(check["right"] for check in checks)
 
 
 def test_channel_splits(model):
@@ -71,3 +74,10 @@ def test_trainings_are_compared(monkeypatch):
     monkeypatch.setattr(gpu, "build_small_step", differ)
     monkeypatch.setattr(TrainingStep, "load_state", lambda *_: None)
     assert check_training(device, compiled=False) == [{"training": name, "right": False} for name in names]
+
+
+def test_training_is_measured():
+    options = ["--precision", "single", "--batch_size", "1", "--patch_size", "8", "--repeats", "1", "--threads", "1"]
+    results = measure_training(torch.device("cpu"), [*options, "--epochs", "1", "--steps", "1"])
+    assert results["steps"]["single"]["step_ms"] > 0
+    assert results["epochs"]["single"]["epoch_seconds"] > 0
