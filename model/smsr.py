@@ -119,7 +119,12 @@ class SMM(nn.Module):
 
     @torch.no_grad()
     def open_masks(self) -> None:
-        """Make every pixel important, whatever the features: m is about 0.94 with the noise of tau = 1."""
+        """Make every pixel important, whatever the features: m is about 0.94 with the noise of tau = 1.
+
+        The branch starts anew: that of a mask which has collapsed hardly reacts to the features any more.
+        """
+        self.spatial_mask.full.reset_parameters()
+        self.spatial_mask.pooled.reset_parameters()
         logits = self.spatial_mask.logits
         logits.weight.zero_()
         logits.bias[SPARSE], logits.bias[IMPORTANT] = 0, OPEN

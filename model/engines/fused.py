@@ -26,14 +26,29 @@ from utility import logger
 
 MAX_FEATS = 128  # a tile holds all channels of its pixels in registers
 MAX_NUMBERS = 2**31 - 1  # in a map of one image: kernels count them in 32 bits
-TILES = {128: (128, 3), 256: (64, 2), 512: (32, 1)}  # bytes of a pixel: pixels per tile, stages; below 100 KB in all
-MIN_TILES = 256  # about two per processor of a large GPU; images with fewer get small tiles
-SMALL_TILE = 64  # pixels per tile of the kernels that only read and write
+# (channels, bytes of a number): pixels per tile, stages. So registers suffice, and 100 KB of shared memory.
+TILES = {(64, 2): (128, 3), (64, 4): (64, 2), (128, 2): (32, 3), (128, 4): (32, 1)}
+MIN_TILES, SMALLEST_TILE = 256, 32  # about two tiles per processor of a large GPU, if the image is not too small
+STREAM_TILE = 64  # pixels per tile, at most, of kernels that mostly wait for memory
+PROGRAMS = 1024  # of a kernel whose programs take several tiles: as many as run on a large GPU at once
 
 
 def pad_size(size: int) -> int:
     """The smallest power of two that holds `size` channels and that a tensor core can multiply; 0 for none."""
     return 0 if size == 0 else max(16, triton.next_power_of_2(size))
+
+
+def pick_tile(largest: int, pixels: int) -> int:
+    """The size of tiles that keep all processors of a GPU busy."""
+    tile = largest
+    while tile > SMALLEST_TILE and pixels < tile * MIN_TILES:
+        tile //= 2
+    return tile
+
+
+def count_tiles(height: int, width: int, pixels: int, columns: int) -> int:
+    """The tiles of so many pixels in so many columns that cover a map."""
+    return triton.cdiv(height, pixels // columns) * triton.cdiv(width, columns)
 
 
 def to_windows(weight: torch.Tensor, channels: int, outputs: int) -> torch.Tensor:
@@ -141,7 +156,10 @@ class FusedPlan:
         self.tail_w = pad_to(to_taps(tail.weight), channels, self.tail_k)
         self.tail_bias = pad_to(tail.bias.detach(), self.tail_k)
         bicubic = bicubic_weights(scale, n_colors).flatten(1).T.to(model.device)  # (25 n_colors, n_colors scale^2)
-        self.bicubic = pad_to(bicubic, 25 * n_colors, self.tail_k)
+        self.taps = 16 * triton.cdiv(len(bicubic), 16)
+        bicubic = pad_to(bicubic, self.taps, self.tail_k)
+        rounded = bicubic.to(model.tail.conv.weight.dtype)
+        self.bicubic = torch.stack([rounded, (bicubic - rounded).to(rounded.dtype)])
 
     def _square(self, conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
         return pad_to(to_taps(conv.weight), self.channels, self.channels), pad_to(conv.bias.detach(), self.channels)
@@ -192,7 +210,7 @@ class FusedPlan:
         for k, block in enumerate(self.blocks):
             run.make_mask(block, f, masks[k], total[k])
             run.run_layers(block, f, maps, total=total[k], y=scratch, sums=sums[k])
-            run.attend(block, f, maps, total=total[k], y=scratch, sums=sums[k], out=features[k])
+            run.attend(block, f, maps, mask=masks[k], total=total[k], y=scratch, sums=sums[k], out=features[k])
             f = features[k]
         run.reduce(features, maps[0])
         run.conv(maps[0], self.fuse_w, self.fuse_bias, add=head, out=maps[1])
@@ -283,15 +301,20 @@ class _Run:
         self.pixels = self.height * self.width
         self.pooled_height, self.pooled_width = self.height // 2, self.width // 2
         self.pooled_pixels = self.pixels // 4
-        row_bytes = plan.channels * x.element_size()
-        self.tile, self.stages = next(fit for most, fit in TILES.items() if row_bytes <= most)
-        if self.n * self.pixels < self.tile * MIN_TILES:
-            self.tile = min(self.tile, SMALL_TILE)
-        self.grid = (triton.cdiv(self.pixels, self.tile), self.n)
-        self.pooled_grid = (triton.cdiv(self.pooled_pixels, SMALL_TILE), self.n)
+        largest, self.stages = TILES[max(plan.channels, 64), x.element_size()]
+        self.tile = pick_tile(largest, self.n * self.pixels)
+        self.grid = (count_tiles(self.height, self.width, self.tile, kernels.COLUMNS), self.n)
+        self.list_grid = self.persistent_grid(self.tile)
+        self.pooled_tile = pick_tile(largest, self.n * self.pooled_pixels)
+        pooled_tiles = count_tiles(self.pooled_height, self.pooled_width, self.pooled_tile, kernels.POOLED_COLUMNS)
+        self.pooled_grid = (pooled_tiles, self.n)
         exact = x.dtype == torch.float32 and x.is_cuda and not torch.backends.cudnn.allow_tf32
         self.dot = "ieee" if exact else "tf32"
         self.order, self.bits = (x.new_empty(self.n, self.pixels, dtype=torch.int32) for _ in range(2))
+
+    def persistent_grid(self, tile: int) -> tuple[int, int]:
+        """(programs, images) of a kernel whose programs take several tiles of the pixels of an image."""
+        return min(triton.cdiv(self.pixels, tile), triton.cdiv(PROGRAMS, self.n)), self.n
 
     def new_map(self) -> torch.Tensor:
         return self.x.new_empty(self.n, self.pixels, self.plan.channels)
@@ -348,11 +371,11 @@ class _Run:
             pooled,
             self.height,
             self.width,
+            self.pooled_height,
             self.pooled_width,
-            self.pooled_pixels,
             C=plan.channels,
             R=hidden,
-            BM=SMALL_TILE,
+            BM=self.pooled_tile,
             STAGES=self.stages,
             DOT=self.dot,
             **plan.options,
@@ -368,9 +391,8 @@ class _Run:
             self.width,
             self.pooled_height,
             self.pooled_width,
-            self.pooled_pixels,
             R=hidden,
-            BM=SMALL_TILE,
+            BM=self.pooled_tile,
             STAGES=self.stages,
             DOT=self.dot,
             **plan.options,
@@ -383,9 +405,9 @@ class _Run:
             total,
             self.height,
             self.width,
+            self.pooled_height,
             self.pooled_width,
-            self.pooled_pixels,
-            BM=SMALL_TILE,
+            BM=self.pooled_tile,
             **plan.options,
         )
 
@@ -406,7 +428,7 @@ class _Run:
 
     def dense_layer(self, layer, source, out, total, sums):
         plan = self.plan
-        kernels.dense_layer[self.grid](
+        kernels.dense_layer[self.list_grid](
             source,
             out,
             layer.dense,
@@ -428,7 +450,7 @@ class _Run:
 
     def important_layer(self, block, layer, source, maps, total, out, sums, is_last):
         plan = self.plan
-        kernels.important_layer[self.grid](
+        kernels.important_layer[self.list_grid](
             source,
             maps,
             layer.w,
@@ -453,14 +475,15 @@ class _Run:
             num_warps=8 if is_last else plan.options["num_warps"],  # collecting needs registers
         )
 
-    def attend(self, block, f, maps, total, y, sums, out):
-        kernels.attend[(triton.cdiv(self.pixels, SMALL_TILE), self.n)](
+    def attend(self, block, f, maps, mask, total, y, sums, out):
+        tile = min(self.tile, STREAM_TILE)
+        kernels.attend[self.persistent_grid(tile)](
             f,
             y,
             maps,
             block.collect,
             block.collect_bias,
-            self.bits,
+            mask,
             total,
             sums,
             block.squeeze_w,
@@ -472,16 +495,16 @@ class _Run:
             maps.stride(0),
             C=self.plan.channels,
             R=block.squeezed,
-            BM=SMALL_TILE,
+            BM=tile,
             LAYERS=len(block.layers),
             DENSE=block.dense_code,
             DOT=self.dot,
-            num_warps=8,  # mostly waits for memory
+            **self.plan.options,
         )
 
     def reduce(self, features, out):
         plan, pixels = self.plan, self.n * self.pixels
-        kernels.reduce[(triton.cdiv(pixels, SMALL_TILE),)](
+        kernels.reduce[(triton.cdiv(pixels, STREAM_TILE),)](
             features,
             plan.reduce_w,
             plan.reduce_bias,
@@ -490,7 +513,7 @@ class _Run:
             features.stride(0),
             BLOCKS=len(plan.blocks),
             C=plan.channels,
-            BM=SMALL_TILE,
+            BM=STREAM_TILE,
             DOT=self.dot,
             **plan.options,
         )
@@ -513,6 +536,7 @@ class _Run:
             SCALE=plan.model.scale,
             C=plan.channels,
             K=plan.tail_k,
+            TAPS=plan.taps,
             BM=self.tile,
             STAGES=self.stages,
             DOT=self.dot,

@@ -25,6 +25,16 @@ kernel = triton.jit(
 )
 
 SUM_SCALE = tl.constexpr(2.0**20)  # of sums that are kept as integers
+COLUMNS = tl.constexpr(16)  # of a tile of a map: in square tiles neighbors share most of what they read
+POOLED_COLUMNS = tl.constexpr(8)
+
+
+@kernel
+def _tile(t, W, BM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row and column of the BM pixels of tile t of a map with W columns; those beyond its end are in no tile."""
+    across = tl.cdiv(W, COLUMNS)
+    i = tl.arange(0, BM)
+    return t // across * (BM // COLUMNS) + i // COLUMNS, t % across * COLUMNS + i % COLUMNS
 
 
 @kernel
@@ -60,12 +70,12 @@ def first_conv(
 ):
     """The image without its mean, conv 3x3 (COLORS -> C), ReLU. K: 9 COLORS, padded. Sets the flag `not_finite`."""
     n = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(0) * BM + tl.arange(0, BM)
-    row, col = (p // W)[:, None], (p % W)[:, None]
+    row, col = _tile(tl.program_id(0), W, BM=BM, COLUMNS=COLUMNS)
+    valid = ((row < H) & (col < W))[:, None]
     k = tl.arange(0, K)[None, :]
     tap, color = k // COLORS, k % COLORS
-    y, z = row + tap // 3 - 1, col + tap % 3 - 1
-    inside = (k < 9 * COLORS) & (p < H * W)[:, None] & (y >= 0) & (y < H) & (z >= 0) & (z < W)
+    y, z = row[:, None] + tap // 3 - 1, col[:, None] + tap % 3 - 1
+    inside = (k < 9 * COLORS) & valid & (y >= 0) & (y < H) & (z >= 0) & (z < W)
     v = _load_image(x, n, color, y, z, height, width, sn, sc, sh, sw, inside)
     if tl.max(tl.max(((v - v) != 0).to(tl.int32), 1), 0) > 0:
         tl.store(not_finite, 1)
@@ -74,24 +84,26 @@ def first_conv(
     c = tl.arange(0, C)
     acc = tl.dot(v, tl.load(w + tl.arange(0, K)[:, None] * C + c[None, :]), input_precision=DOT)
     acc = tl.maximum(acc + tl.load(bias + c)[None, :].to(tl.float32), 0.0)
-    at = p[:, None] * C + c[None, :]
-    tl.store(out + n * H * W * C + at, acc.to(out.dtype.element_ty), mask=(p < H * W)[:, None])
+    at = (row * W + col)[:, None] * C + c[None, :]
+    tl.store(out + n * H * W * C + at, acc.to(out.dtype.element_ty), mask=valid)
 
 
 @kernel
 def _convolve(
-    src, w, p, H, W, C: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr
+    src, w, row, col, H, W, C: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr
 ):
-    """conv 3x3 (C -> K) of the map `src` at the pixels p: (BM, K). Weights w: (9, C, K)."""
-    row, col = p // W, p % W
+    """conv 3x3 (C -> K) of the map `src` at BM pixels: (BM, K). Weights w: (9, C, K)."""
+    valid = (row < H) & (col < W)
+    p = row * W + col
     c = tl.arange(0, C)
     k = tl.arange(0, K)
     acc = tl.zeros((BM, K), tl.float32)
     for tap in tl.range(9, num_stages=STAGES):
         dy = tap // 3 - 1
         dx = tap % 3 - 1
-        inside = (p < H * W) & (row + dy >= 0) & (row + dy < H) & (col + dx >= 0) & (col + dx < W)
-        a = tl.load(src + (p + dy * W + dx)[:, None] * C + c[None, :], mask=inside[:, None], other=0.0)
+        inside = valid & (row + dy >= 0) & (row + dy < H) & (col + dx >= 0) & (col + dx < W)
+        at = (p + dy * W + dx)[:, None] * C + c[None, :]
+        a = tl.load(src + at, mask=inside[:, None], other=0.0)
         b = tl.load(w + (tap * C + c[:, None]) * K + k[None, :])
         acc = tl.dot(a, b, acc, input_precision=DOT)
     return acc
@@ -115,12 +127,12 @@ def conv3x3(
     """conv 3x3 (C -> C) with bias, plus the map `add` if ADD."""
     n = tl.program_id(1).to(tl.int64)
     src += n * H * W * C
-    p = tl.program_id(0) * BM + tl.arange(0, BM)
-    valid = p < H * W
+    row, col = _tile(tl.program_id(0), W, BM=BM, COLUMNS=COLUMNS)
+    valid = (row < H) & (col < W)
     c = tl.arange(0, C)
-    acc = _convolve(src, w, p, H, W, C=C, K=C, BM=BM, STAGES=STAGES, DOT=DOT)
+    acc = _convolve(src, w, row, col, H, W, C=C, K=C, BM=BM, STAGES=STAGES, DOT=DOT)
     acc += tl.load(bias + c)[None, :].to(tl.float32)
-    at = n * H * W * C + p[:, None] * C + c[None, :]
+    at = n * H * W * C + (row * W + col)[:, None] * C + c[None, :]
     if ADD:
         acc += tl.load(add + at, mask=valid[:, None], other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=valid[:, None])
@@ -155,7 +167,8 @@ def _convolve_windows(
         y = STEP * py - 1 + tap // 4
         x = STEP * px - 1 + tap % 4
         inside = valid & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-        a = tl.load(src + (y * W + x)[:, None] * C + c[None, :], mask=inside[:, None], other=0.0)
+        at = (y * W + x)[:, None] * C + c[None, :]
+        a = tl.load(src + at, mask=inside[:, None], other=0.0)
         b = tl.load(w + (tap * C + c[:, None]) * 4 * R + k[None, :])
         acc = tl.dot(a, b, acc, input_precision=DOT)
     return tl.maximum(acc + tl.load(bias + k)[None, :].to(tl.float32), 0.0)
@@ -169,8 +182,8 @@ def mask_pool(
     out,
     H,
     W,
+    PH,
     PW,
-    PP,
     C: tl.constexpr,
     R: tl.constexpr,
     BM: tl.constexpr,
@@ -180,12 +193,12 @@ def mask_pool(
     """conv 3x3 (C -> R), ReLU, average pool 2. Weights w: (16, C, 4 R), as in `_convolve_windows`."""
     n = tl.program_id(1).to(tl.int64)
     f += n * H * W * C
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
-    valid = i < PP
-    acc = _convolve_windows(f, w, bias, i // PW, i % PW, valid, H, W, STEP=2, C=C, R=R, BM=BM, STAGES=STAGES, DOT=DOT)
+    py, px = _tile(tl.program_id(0), PW, BM=BM, COLUMNS=POOLED_COLUMNS)
+    valid = (py < PH) & (px < PW)
+    acc = _convolve_windows(f, w, bias, py, px, valid, H, W, STEP=2, C=C, R=R, BM=BM, STAGES=STAGES, DOT=DOT)
     pooled = tl.sum(tl.reshape(acc, (BM, 4, R)), 1) * 0.25
     r = tl.arange(0, R)
-    at = n * PP * R + i[:, None] * R + r[None, :]
+    at = n * PH * PW * R + (py * PW + px)[:, None] * R + r[None, :]
     tl.store(out + at, pooled.to(out.dtype.element_ty), mask=valid[:, None])
 
 
@@ -201,7 +214,6 @@ def mask_decide(
     W,
     PH,
     PW,
-    PP,
     R: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
@@ -217,15 +229,14 @@ def mask_decide(
     """
     n = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0)
-    src += n * PP * R
-    i = t * BM + tl.arange(0, BM)
-    valid = i < PP
-    py, px = i // PW, i % PW
+    src += n * PH * PW * R
+    py, px = _tile(t, PW, BM=BM, COLUMNS=POOLED_COLUMNS)
+    valid = (py < PH) & (px < PW)
     acc = _convolve_windows(src, w, bias, py, px, valid, PH, PW, STEP=1, C=R, R=R, BM=BM, STAGES=STAGES, DOT=DOT)
     k = tl.arange(0, 4 * R)
     inside = (py[:, None] + (k // (2 * R))[None, :] < PH) & (px[:, None] + (k // R % 2)[None, :] < PW)
     acc = tl.where(inside, acc, 0.0)
-    mask += n * 4 * PP + 2 * py * W + 2 * px
+    mask += n * 4 * PH * PW + 2 * py * W + 2 * px
     total = tl.zeros((BM,), tl.int32)
     for sub in tl.static_range(4):
         difference = tl.sum(acc * tl.load(decide + sub * 4 * R + k)[None, :], 1) + tl.load(decide_bias)
@@ -236,18 +247,27 @@ def mask_decide(
 
 
 @kernel
-def kernel_map(mask, counts, order, bits, total, H, W, PW, PP, BM: tl.constexpr):
+def _pixels_before(t, H, W, BM: tl.constexpr):
+    """The pixels of a map (H, W) that lie in the tiles before tile t; all tiles but the last of a row are equally wide."""
+    across = tl.cdiv(W, POOLED_COLUMNS)
+    rows = BM // POOLED_COLUMNS
+    above = t // across * rows
+    return above * W + tl.minimum(rows, H - above) * (t % across) * POOLED_COLUMNS
+
+
+@kernel
+def kernel_map(mask, counts, order, bits, total, H, W, PH, PW, BM: tl.constexpr):
     """List the pixels, important ones from the front and others from the back, and look around each of them.
 
-    Bits 0...8 of a pixel: this neighbor is important; bits 9...17: it lies inside the image. The tiles are those of
+    Bits 0...8 of an entry of the list: this neighbor is important; bits 9...17: it lies inside the image. The tiles are those of
     `mask_decide`, and every position follows from its counts, so the order is the same in every run.
     """
     n = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0)
     n_tiles = tl.num_programs(0)
-    mask += n * 4 * PP
-    order += n * 4 * PP
-    bits += n * 4 * PP
+    mask += n * H * W
+    order += n * H * W
+    bits += n * H * W
     counts += n * n_tiles
     j = tl.arange(0, 1024)
     partial = tl.zeros((1024,), tl.int32)
@@ -256,11 +276,11 @@ def kernel_map(mask, counts, order, bits, total, H, W, PW, PP, BM: tl.constexpr)
     first = tl.sum(partial, 0)  # important pixels before this tile
     if t == n_tiles - 1:
         tl.store(total + n, first + tl.load(counts + t))
-    i = t * BM + tl.arange(0, BM)
-    valid = i < PP
-    last = 4 * t * BM - first  # other pixels before this tile
+    py, px = _tile(t, PW, BM=BM, COLUMNS=POOLED_COLUMNS)
+    valid = (py < PH) & (px < PW)
+    last = 4 * _pixels_before(t, PH, PW, BM=BM) - first  # other pixels before this tile
     for sub in tl.static_range(4):
-        row, col = 2 * (i // PW) + sub // 2, 2 * (i % PW) + sub % 2
+        row, col = 2 * py + sub // 2, 2 * px + sub % 2
         p = row * W + col
         found = tl.zeros((BM,), tl.int32)
         for tap in tl.static_range(9):
@@ -269,12 +289,13 @@ def kernel_map(mask, counts, order, bits, total, H, W, PW, PP, BM: tl.constexpr)
             inside = valid & (y >= 0) & (y < H) & (x >= 0) & (x < W)
             important = tl.load(mask + y * W + x, mask=inside, other=0).to(tl.int32)
             found = found | (important << tap) | (inside.to(tl.int32) << (tap + 9))
-        tl.store(bits + p, found, mask=valid)
         m = ((found >> 4) & 1) * valid.to(tl.int32)
         o = valid.to(tl.int32) - m
         front = first + tl.cumsum(m, 0) - m
-        back = 4 * PP - 1 - (last + tl.cumsum(o, 0) - o)
-        tl.store(order + tl.where(m != 0, front, back), p, mask=valid)
+        back = H * W - 1 - (last + tl.cumsum(o, 0) - o)
+        at = tl.where(m != 0, front, back)
+        tl.store(order + at, p, mask=valid)
+        tl.store(bits + at, found, mask=valid)
         first += tl.sum(m, 0)
         last += tl.sum(o, 0)
 
@@ -338,30 +359,30 @@ def important_layer(
     sums  (N, C) int64, `sums_stride` numbers apart: the sums of the LAST layer's result over the important pixels
     """
     n = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0)
     count = tl.load(total + n)
     stride = tl.cast(stride, tl.int64)  # j * stride may not fit into 32 bits
-    if t * BM < count:
-        offset = n * H * W
+    offset = n * H * W
+    src += offset * C
+    maps += offset * C
+    out += offset * C
+    c = tl.arange(0, C)
+    for t in tl.range(tl.program_id(0), tl.cdiv(count, BM), tl.num_programs(0), num_stages=1):
         i = t * BM + tl.arange(0, BM)
         valid = i < count
         p = tl.load(order + offset + i, mask=valid, other=0)
-        around = tl.load(bits + offset + p, mask=valid, other=0)
-        c = tl.arange(0, C)
+        around = tl.load(bits + offset + i, mask=valid, other=0)
         acc = tl.zeros((BM, C), tl.float32)
         for tap in tl.range(9, num_stages=STAGES):
             q = p + (tap // 3 - 1) * W + tap % 3 - 1
             important = ((around >> tap) & 1) != 0
             inside = ((around >> (tap + 9)) & 1) != 0
             keep = important[:, None] | (inside[:, None] & (c < D_IN)[None, :])
-            a = tl.load(src + offset * C + q[:, None] * C + c[None, :], mask=keep, other=0.0)
+            a = tl.load(src + q[:, None] * C + c[None, :], mask=keep, other=0.0)
             b = tl.load(w + (tap * C + c[:, None]) * C + c[None, :])
             acc = tl.dot(a, b, acc, input_precision=DOT)
         f = tl.maximum(acc, 0.0).to(out.dtype.element_ty)
-        out += offset * C
         at = p[:, None] * C + c[None, :]
         if LAST:
-            maps += offset * C
             z = _collect(f, maps, collect, bias, p, valid, stride, C=C, BM=BM, LAYERS=LAYERS, DOT=DOT)
             tl.store(out + at, z.to(out.dtype.element_ty), mask=valid[:, None])
             _add_to_sums(sums + n * sums_stride + c, z, valid)
@@ -401,25 +422,26 @@ def dense_layer(
     sums  (N, C) int64, `sums_stride` numbers apart: the sums of the outputs over these pixels
     """
     n = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0)
     count = H * W - tl.load(total + n)
-    if t * BM < count:
-        offset = n * H * W
+    offset = n * H * W
+    src += offset * C
+    out += offset * C
+    ci = tl.arange(0, D_IN)
+    co = tl.arange(0, D_OUT)
+    for t in tl.range(tl.program_id(0), tl.cdiv(count, BM), tl.num_programs(0), num_stages=1):
         i = t * BM + tl.arange(0, BM)
         valid = i < count
         p = tl.load(order + offset + H * W - 1 - i, mask=valid, other=0)
-        around = tl.load(bits + offset + p, mask=valid, other=0)
-        ci = tl.arange(0, D_IN)
-        co = tl.arange(0, D_OUT)
+        around = tl.load(bits + offset + H * W - 1 - i, mask=valid, other=0)
         acc = tl.zeros((BM, D_OUT), tl.float32)
         for tap in tl.range(9, num_stages=STAGES):
             q = p + (tap // 3 - 1) * W + tap % 3 - 1
             inside = ((around >> (tap + 9)) & 1) != 0
-            a = tl.load(src + offset * C + q[:, None] * C + ci[None, :], mask=inside[:, None], other=0.0)
+            a = tl.load(src + q[:, None] * C + ci[None, :], mask=inside[:, None], other=0.0)
             b = tl.load(w + (tap * D_IN + ci[:, None]) * D_OUT + co[None, :])
             acc = tl.dot(a, b, acc, input_precision=DOT)
         f = tl.maximum(acc, 0.0).to(out.dtype.element_ty)
-        tl.store(out + offset * C + p[:, None] * C + co[None, :], f, mask=valid[:, None])
+        tl.store(out + p[:, None] * C + co[None, :], f, mask=valid[:, None])
         _add_to_sums(sums + n * sums_stride + co, f, valid)
 
 
@@ -463,7 +485,7 @@ def attend(
     maps,
     collect,
     bias,
-    bits,
+    mask,
     total,
     sums,
     w1,
@@ -482,33 +504,35 @@ def attend(
 ):
     """f + z * attention. z is the map y at important pixels; elsewhere it is collected here, from dense channels.
 
-    Each tile computes the attention anew. collect (LAYERS, C, C) and bias (C,) as in `important_layer`; weights of the
+    Each program computes the attention anew, and then takes several tiles. collect (LAYERS, C, C) and bias (C,) as in `important_layer`; weights of the
     attention are float32.
 
     sums   (N, LAYERS + 1, C): of the dense outputs of each layer at other pixels, and of y at important ones
     DENSE  dense channels of each layer, padded, 8 bits per layer
     """
     n = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.arange(0, C)
-    valid = p < P
-    important = ((tl.load(bits + n * P + p, mask=valid, other=0) >> 4) & 1) != 0
-    other = (valid & (important == 0))[:, None]
     stride = tl.cast(stride, tl.int64)
-    z = tl.zeros((BM, C), tl.float32) + tl.load(bias + c)[None, :].to(tl.float32)
-    for j in tl.static_range(LAYERS):
-        if (DENSE >> (8 * j)) & 255 > 0:
-            i = tl.arange(0, (DENSE >> (8 * j)) & 255)
-            a = tl.load(maps + j * stride + (n * P + p)[:, None] * C + i[None, :], mask=other, other=0.0)
-            b = tl.load(collect + (j * C + i[:, None]) * C + c[None, :])
-            z = tl.dot(a, b, z, input_precision=DOT)
-    at = (n * P + p)[:, None] * C + c[None, :]
-    z = tl.where(important[:, None], tl.load(y + at, mask=important[:, None], other=0.0).to(tl.float32), z)
     factor = _attention(
         sums + n * (LAYERS + 1) * C, total + n, collect, bias, w1, b1, w2, b2, P, C=C, R=R, LAYERS=LAYERS, DENSE=DENSE
     )
-    v = tl.load(f + at, mask=valid[:, None], other=0.0).to(tl.float32) + z * factor[None, :]
-    tl.store(out + at, v.to(out.dtype.element_ty), mask=valid[:, None])
+    constant = tl.load(bias + c)[None, :].to(tl.float32)
+    for t in tl.range(tl.program_id(0), tl.cdiv(P, BM), tl.num_programs(0), num_stages=1):
+        p = t * BM + tl.arange(0, BM)
+        valid = p < P
+        important = tl.load(mask + n * P + p, mask=valid, other=0) != 0
+        other = (valid & (important == 0))[:, None]
+        z = tl.zeros((BM, C), tl.float32) + constant
+        for j in tl.static_range(LAYERS):
+            if (DENSE >> (8 * j)) & 255 > 0:
+                i = tl.arange(0, (DENSE >> (8 * j)) & 255)
+                a = tl.load(maps + j * stride + (n * P + p)[:, None] * C + i[None, :], mask=other, other=0.0)
+                b = tl.load(collect + (j * C + i[:, None]) * C + c[None, :])
+                z = tl.dot(a, b, z, input_precision=DOT)
+        at = (n * P + p)[:, None] * C + c[None, :]
+        z = tl.where(important[:, None], tl.load(y + at, mask=important[:, None], other=0.0).to(tl.float32), z)
+        v = tl.load(f + at, mask=valid[:, None], other=0.0).to(tl.float32) + z * factor[None, :]
+        tl.store(out + at, v.to(out.dtype.element_ty), mask=valid[:, None])
 
 
 @kernel
@@ -549,28 +573,35 @@ def reconstruct(
     SCALE: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
+    TAPS: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """conv 3x3 (C -> K), pixel shuffle, plus the bicubically upsampled image; K: COLORS SCALE^2, padded.
 
-    bicubic (25 COLORS, K), float32: upsampling is a 5x5 convolution of the image before the shuffle.
-    sr (N, COLORS, SCALE height, SCALE width)
+    Upsampling is a 5x5 convolution of the image before the shuffle.
+
+    bicubic (2, TAPS, K): what two numbers of this type give of its weights, TAPS: 25 COLORS, padded
+    sr      (N, COLORS, SCALE height, SCALE width)
     """
     n = tl.program_id(1).to(tl.int64)
     src += n * H * W * C
-    p = tl.program_id(0) * BM + tl.arange(0, BM)
-    valid = p < H * W
-    row, col = p // W, p % W
+    row, col = _tile(tl.program_id(0), W, BM=BM, COLUMNS=COLUMNS)
+    valid = (row < H) & (col < W)
     k = tl.arange(0, K)
-    acc = _convolve(src, w, p, H, W, C=C, K=K, BM=BM, STAGES=STAGES, DOT=DOT)
+    acc = _convolve(src, w, row, col, H, W, C=C, K=K, BM=BM, STAGES=STAGES, DOT=DOT)
     acc += tl.load(bias + k)[None, :].to(tl.float32)
-    for tap in range(25 * COLORS):
-        y = row + (tap % 25) // 5 - 2
-        z = col + tap % 5 - 2
-        v = _load_image(x, n, tap // 25, y, z, height, width, sn, sc, sh, sw, valid).to(tl.float32)
-        acc += v[:, None] * tl.load(bicubic + tap * K + k)[None, :]
+    for start in tl.range(0, TAPS, 16, num_stages=1):
+        tap = start + tl.arange(0, 16)
+        y = row[:, None] + (tap % 25 // 5 - 2)[None, :]
+        z = col[:, None] + (tap % 5 - 2)[None, :]
+        keep = valid[:, None] & (tap < 25 * COLORS)[None, :]
+        v = _load_image(x, n, (tap // 25)[None, :], y, z, height, width, sn, sc, sh, sw, keep)
+        at = bicubic + tap[:, None] * K + k[None, :]
+        acc = tl.dot(v, tl.load(at), acc, input_precision="ieee")
+        if x.dtype.element_ty != tl.float32:
+            acc = tl.dot(v, tl.load(at + TAPS * K), acc, input_precision="ieee")
     color, sub = k // (SCALE * SCALE), k % (SCALE * SCALE)
     line = (n * COLORS + color)[None, :] * (SCALE * height) + SCALE * row[:, None] + (sub // SCALE)[None, :]
     at = line * (SCALE * width) + SCALE * col[:, None] + (sub % SCALE)[None, :]

@@ -11,7 +11,8 @@ Then inference is timed against the unmasked network. All times are medians in m
     compiled_graph  the same, compiled by torch.compile, in a CUDA graph
     fused           the fused engine, kernel by kernel
     fused_graph     the fused engine in a CUDA graph, as `model.inference` runs it from the second call on
-    speedup         the faster of unmasked_graph and compiled_graph / fused_graph
+    speedup         unmasked_graph / fused_graph
+    over_compiled   compiled_graph / fused_graph
     launches        kernels per forward of `fused`; waits: whether a forward waits for the device
 
 At last training steps, and whole epochs with their data, are timed as `benchmark.py train` does.
@@ -52,7 +53,7 @@ DENSITIES = (0.0, 0.3, 1.0)
 N_CHECKED_STEPS = 16  # of a training; from the fourth of each kind on they are replayed as a CUDA graph
 N_UNMASKED_STEPS = 6  # of these, the first ones
 TRAINING = ("--precision", "bf16", "--compile", "--epochs", "3")  # of the size of the paper's
-COLUMNS = ("unmasked", "unmasked_graph", "compiled_graph", "fused", "fused_graph")
+COLUMNS = ("unmasked", "unmasked_graph", "compiled_graph", "fused", "fused_graph", "speedup", "over_compiled")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,10 +88,10 @@ def run(args: argparse.Namespace) -> int:
         say(f"timing images {size}")
         rows.append(measure(half, size, args.repeats))
     rows.append(measure(half, SIZES[2], args.repeats, density=1.0))
-    print(f"{'LR images':>14} {'density':>8}" + "".join(f" {name:>15}" for name in (*COLUMNS, "speedup", "MiB")))
+    print(f"{'LR images':>14} {'density':>8}" + "".join(f" {name:>14}" for name in (*COLUMNS, "MiB")))
     for row in rows:
-        times = "".join(f" {row[name]:15.3f}" for name in (*COLUMNS, "speedup"))
-        print(f"{row['size']:>14} {row['density']:8.2f}{times} {row['peak_mib']:15.0f}")
+        times = "".join(f" {row[name]:14.3f}" for name in COLUMNS)
+        print(f"{row['size']:>14} {row['density']:8.2f}{times} {row['peak_mib']:14.0f}")
     print(f"launches {rows[0]['launches']}, waits: {any(row['waits'] for row in rows)}")
     say("timing training")
     training = measure_training(device)
@@ -131,25 +132,31 @@ def check_results(
     """Compare an engine with the masked reference; "right" tells whether a result is within its tolerance.
 
     The reference is computed in float32. A rounded mask may differ in pixels on its edge, so a result in low precision
-    is right if its mean difference is hardly larger than the one of the masked computation in the same precision.
+    is right if its mean difference is of the size of that of the masked computation in the same precision.
     """
     height, width = size
     image = mirrored_photograph(2 * height, width, model.n_colors).reshape(2, height, width, model.n_colors)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     checks = []
     for density in DENSITIES:
+        _allow_tf32(False)
         case = with_dense_channels(model, split).to(device)
         case.use_engine(engine)
         case = with_density(case, case.to_input(image), density)
         expected = case.masked_forward(case.to_input(image))
+        _allow_tf32(precision == "tf32")
         case = case.to(PRECISIONS[precision])
         x = case.to_input(image)
-        allowed = 2 * (case.masked_forward(x).float() - expected).abs().mean().item() + 0.01
+        allowed = 4 * (case.masked_forward(x).float() - expected).abs().mean().item() + 0.005
         difference = (case.inference(x, "sparse")[0].float() - expected).abs().mean().item()
-        check = {"split": split, "density": density, "precision": precision, "mean_difference": difference}
+        check = {"split": split, "density": density, "precision": precision}
+        check |= {"mean_difference": difference, "allowed": allowed}
         fell_back = sorted(getattr(case._engine, "reported", ()))  # to plain operators
         checks.append(check | {"fell_back": fell_back, "right": difference <= allowed and not fell_back})
     return checks
+
+
+def _allow_tf32(allowed):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def check_training(device: torch.device, compiled: bool = True) -> list[dict[str, object]]:
@@ -224,6 +231,7 @@ def measure(model: SMSR, size: tuple[int, int, int], repeats: int, density: floa
     model.use_engine("fused")
     _, cost = model.inference(x)
     fused, unmasked = model._engine.fused, Unmasked(model)
+    torch._dynamo.reset()  # it compiles a function for a few sizes only
     compiled = torch.compile(unmasked, dynamic=False)
     compiled(x)  # outside of a graph, where it may allocate and measure
     model.inference(x)  # captures a graph
@@ -239,7 +247,8 @@ def measure(model: SMSR, size: tuple[int, int, int], repeats: int, density: floa
         "size": f"{n}x{height}x{width}",
         "density": sum(cost.mask_density) / len(cost.mask_density),
         **times,
-        "speedup": min(times["unmasked_graph"], times["compiled_graph"]) / times["fused_graph"],
+        "speedup": times["unmasked_graph"] / times["fused_graph"],
+        "over_compiled": times["compiled_graph"] / times["fused_graph"],
         "peak_mib": peak_mib(calls["fused"], x.device),
         "launches": count_launches(calls["fused"]),
         "waits": waits_for_device(calls["fused_graph"]),
