@@ -38,8 +38,8 @@ RECORDED = ("pre_train", "template")  # of those, the ones that a resumed run ke
 # Options that only a training uses; the network, the machine and the name of the run have options of their own.
 TRAINING_FLAGS = (
     *("data_train", "ext", "patch_size", "no_augment", "compile", "test_every", "epochs", "batch_size", "split_batch"),
-    *("gclip", "skip_threshold", "max_bad_steps", "ema", "loss", "lambda_sparsity", "vgg_weights"),
-    *("gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma", "tau_min"),
+    *("gclip", "skip_threshold", "max_bad_steps", "ema", "loss", "lambda_sparsity", "sparsity_target"),
+    *("vgg_weights", "gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma", "tau_min"),
     *("unmasked_epochs", "tau_epochs", "lambda_warmup", "save_models", "print_every", "tensorboard", "images_every"),
 )
 TEST_ONLY_FLAGS = ("chop", "self_ensemble", "save_results", "save_masks", "metrics", "dir_demo")
@@ -382,6 +382,12 @@ def _add_loss_options(group):
         help="weighted sum, e.g. 1*L1+0.1*VGG54; L1 MSE VGG22 VGG54 GAN WGAN ...",
     )
     group.add_argument("--lambda_sparsity", type=non_negative_float, default=0.1, help="weight of the sparsity loss")
+    group.add_argument(
+        "--sparsity_target",
+        type=share,
+        default=0.0,
+        help="active share of a module below which the sparsity loss does not push it; 0: the paper's loss",
+    )
     group.add_argument("--vgg_weights", metavar="FILE", help="file with torchvision's VGG19 weights")
     group.add_argument(
         "--gan_k", type=at_most(100), default=1, help="discriminator steps per batch, or part of a batch"

@@ -29,8 +29,8 @@ MAX_NUMBERS = 2**31 - 1  # in a map of one image: kernels count them in 32 bits
 # (channels, bytes of a number): pixels per tile, stages. So registers suffice, and 100 KB of shared memory.
 TILES = {(64, 2): (128, 3), (64, 4): (64, 2), (128, 2): (32, 3), (128, 4): (32, 1)}
 MIN_TILES, SMALLEST_TILE = 256, 32  # about two tiles per processor of a large GPU, if the image is not too small
-STREAM_TILE = 64  # pixels per tile, at most, of kernels that mostly wait for memory
-PROGRAMS = 1024  # of a kernel whose programs take several tiles: as many as run on a large GPU at once
+REDUCE_TILE, ATTEND_TILE = 64, 32  # pixels per tile of kernels that mostly wait for memory
+ATTEND_PROGRAMS = 2048  # which take several tiles each: as many as run on a large GPU at once
 
 
 def pad_size(size: int) -> int:
@@ -304,17 +304,13 @@ class _Run:
         largest, self.stages = TILES[max(plan.channels, 64), x.element_size()]
         self.tile = pick_tile(largest, self.n * self.pixels)
         self.grid = (count_tiles(self.height, self.width, self.tile, kernels.COLUMNS), self.n)
-        self.list_grid = self.persistent_grid(self.tile)
+        self.list_grid = (triton.cdiv(self.pixels, self.tile), self.n)
         self.pooled_tile = pick_tile(largest, self.n * self.pooled_pixels)
         pooled_tiles = count_tiles(self.pooled_height, self.pooled_width, self.pooled_tile, kernels.POOLED_COLUMNS)
         self.pooled_grid = (pooled_tiles, self.n)
         exact = x.dtype == torch.float32 and x.is_cuda and not torch.backends.cudnn.allow_tf32
         self.dot = "ieee" if exact else "tf32"
         self.order, self.bits = (x.new_empty(self.n, self.pixels, dtype=torch.int32) for _ in range(2))
-
-    def persistent_grid(self, tile: int) -> tuple[int, int]:
-        """(programs, images) of a kernel whose programs take several tiles of the pixels of an image."""
-        return min(triton.cdiv(self.pixels, tile), triton.cdiv(PROGRAMS, self.n)), self.n
 
     def new_map(self) -> torch.Tensor:
         return self.x.new_empty(self.n, self.pixels, self.plan.channels)
@@ -376,7 +372,7 @@ class _Run:
             C=plan.channels,
             R=hidden,
             BM=self.pooled_tile,
-            STAGES=self.stages,
+            STAGES=min(self.stages, 2),  # more programs at once are worth more here
             DOT=self.dot,
             **plan.options,
         )
@@ -472,12 +468,12 @@ class _Run:
             LAYERS=len(block.layers),
             LAST=is_last,
             DOT=self.dot,
-            num_warps=8 if is_last else plan.options["num_warps"],  # collecting needs registers
+            num_warps=8 if is_last and self.tile > 64 else plan.options["num_warps"],  # collecting needs registers
         )
 
     def attend(self, block, f, maps, mask, total, y, sums, out):
-        tile = min(self.tile, STREAM_TILE)
-        kernels.attend[self.persistent_grid(tile)](
+        programs = min(triton.cdiv(self.pixels, ATTEND_TILE), triton.cdiv(ATTEND_PROGRAMS, self.n))
+        kernels.attend[programs, self.n](
             f,
             y,
             maps,
@@ -495,16 +491,16 @@ class _Run:
             maps.stride(0),
             C=self.plan.channels,
             R=block.squeezed,
-            BM=tile,
+            BM=ATTEND_TILE,
             LAYERS=len(block.layers),
             DENSE=block.dense_code,
             DOT=self.dot,
-            **self.plan.options,
+            num_warps=2 if self.plan.channels <= 64 else 8,
         )
 
     def reduce(self, features, out):
         plan, pixels = self.plan, self.n * self.pixels
-        kernels.reduce[(triton.cdiv(pixels, STREAM_TILE),)](
+        kernels.reduce[(triton.cdiv(pixels, REDUCE_TILE),)](
             features,
             plan.reduce_w,
             plan.reduce_bias,
@@ -513,7 +509,7 @@ class _Run:
             features.stride(0),
             BLOCKS=len(plan.blocks),
             C=plan.channels,
-            BM=STREAM_TILE,
+            BM=REDUCE_TILE,
             DOT=self.dot,
             **plan.options,
         )

@@ -6,7 +6,7 @@ padded to a power of two: a load asks for "important, or a dense channel" and ge
 a grid (tiles, images). Names in capitals are compile-time constants.
 
     H, W      height and width of the features, even; the image may be one row or column smaller
-    PW, PP    width and number of pixels of the pooled map, half as high and wide
+    PH, PW    height and width of the pooled map, half as high and wide
     R         hidden channels of the mask branch, padded
     BM        pixels per tile
     DOT       precision of float32 products: "tf32" or "ieee"
@@ -18,14 +18,14 @@ import triton.language as tl
 # One compiled kernel serves all sizes, and pointers into the middle of a tensor.
 kernel = triton.jit(
     do_not_specialize=[
-        *("H", "W", "PH", "PW", "PP", "P", "height", "width", "stride", "sums_stride"),
+        *("H", "W", "PH", "PW", "P", "height", "width", "stride", "sums_stride"),
         *("sn", "sc", "sh", "sw"),
     ],
     do_not_specialize_on_alignment=["x", "total", "mask", "counts"],
 )
 
 SUM_SCALE = tl.constexpr(2.0**20)  # of sums that are kept as integers
-COLUMNS = tl.constexpr(16)  # of a tile of a map: in square tiles neighbors share most of what they read
+COLUMNS = tl.constexpr(16)  # of a tile of a map
 POOLED_COLUMNS = tl.constexpr(8)
 
 
@@ -359,30 +359,30 @@ def important_layer(
     sums  (N, C) int64, `sums_stride` numbers apart: the sums of the LAST layer's result over the important pixels
     """
     n = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0)
     count = tl.load(total + n)
     stride = tl.cast(stride, tl.int64)  # j * stride may not fit into 32 bits
-    offset = n * H * W
-    src += offset * C
-    maps += offset * C
-    out += offset * C
-    c = tl.arange(0, C)
-    for t in tl.range(tl.program_id(0), tl.cdiv(count, BM), tl.num_programs(0), num_stages=1):
+    if t * BM < count:
+        offset = n * H * W
         i = t * BM + tl.arange(0, BM)
         valid = i < count
         p = tl.load(order + offset + i, mask=valid, other=0)
         around = tl.load(bits + offset + i, mask=valid, other=0)
+        c = tl.arange(0, C)
         acc = tl.zeros((BM, C), tl.float32)
         for tap in tl.range(9, num_stages=STAGES):
             q = p + (tap // 3 - 1) * W + tap % 3 - 1
             important = ((around >> tap) & 1) != 0
             inside = ((around >> (tap + 9)) & 1) != 0
             keep = important[:, None] | (inside[:, None] & (c < D_IN)[None, :])
-            a = tl.load(src + q[:, None] * C + c[None, :], mask=keep, other=0.0)
+            a = tl.load(src + offset * C + q[:, None] * C + c[None, :], mask=keep, other=0.0)
             b = tl.load(w + (tap * C + c[:, None]) * C + c[None, :])
             acc = tl.dot(a, b, acc, input_precision=DOT)
         f = tl.maximum(acc, 0.0).to(out.dtype.element_ty)
+        out += offset * C
         at = p[:, None] * C + c[None, :]
         if LAST:
+            maps += offset * C
             z = _collect(f, maps, collect, bias, p, valid, stride, C=C, BM=BM, LAYERS=LAYERS, DOT=DOT)
             tl.store(out + at, z.to(out.dtype.element_ty), mask=valid[:, None])
             _add_to_sums(sums + n * sums_stride + c, z, valid)
@@ -422,26 +422,25 @@ def dense_layer(
     sums  (N, C) int64, `sums_stride` numbers apart: the sums of the outputs over these pixels
     """
     n = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0)
     count = H * W - tl.load(total + n)
-    offset = n * H * W
-    src += offset * C
-    out += offset * C
-    ci = tl.arange(0, D_IN)
-    co = tl.arange(0, D_OUT)
-    for t in tl.range(tl.program_id(0), tl.cdiv(count, BM), tl.num_programs(0), num_stages=1):
+    if t * BM < count:
+        offset = n * H * W
         i = t * BM + tl.arange(0, BM)
         valid = i < count
         p = tl.load(order + offset + H * W - 1 - i, mask=valid, other=0)
         around = tl.load(bits + offset + H * W - 1 - i, mask=valid, other=0)
+        ci = tl.arange(0, D_IN)
+        co = tl.arange(0, D_OUT)
         acc = tl.zeros((BM, D_OUT), tl.float32)
         for tap in tl.range(9, num_stages=STAGES):
             q = p + (tap // 3 - 1) * W + tap % 3 - 1
             inside = ((around >> (tap + 9)) & 1) != 0
-            a = tl.load(src + q[:, None] * C + ci[None, :], mask=inside[:, None], other=0.0)
+            a = tl.load(src + offset * C + q[:, None] * C + ci[None, :], mask=inside[:, None], other=0.0)
             b = tl.load(w + (tap * D_IN + ci[:, None]) * D_OUT + co[None, :])
             acc = tl.dot(a, b, acc, input_precision=DOT)
         f = tl.maximum(acc, 0.0).to(out.dtype.element_ty)
-        tl.store(out + p[:, None] * C + co[None, :], f, mask=valid[:, None])
+        tl.store(out + offset * C + p[:, None] * C + co[None, :], f, mask=valid[:, None])
         _add_to_sums(sums + n * sums_stride + co, f, valid)
 
 

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from model.engines import fused_kernels as kernels
-from model.engines.fused import TILES
+from model.engines.fused import ATTEND_TILE, TILES
 
 STAGES = 3
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,7 +97,7 @@ def test_the_largest_kernels_fit(architecture, tmp_path):
     layer_constants = constants | {"STAGES": stages, "LAST": True, "D_IN": 64}
     layer = compile_ahead(kernels.important_layer, layer_constants, architecture, num_warps=8)
     assert_fast(layer, architecture, tmp_path)
-    constants |= {"DENSE": 128 | 64 << 8 | 32 << 16, "R": 8}
+    constants |= {"DENSE": 128 | 64 << 8 | 32 << 16, "R": 8, "BM": ATTEND_TILE}
     attend = compile_ahead(kernels.attend, constants, architecture, float32=ATTENTION, num_warps=8)
     assert_fast(attend, architecture, tmp_path, pipelined=False)
 
@@ -119,7 +119,7 @@ def test_float32_fits(channels, architecture):
         ("conv3x3", {"ADD": True}, {"num_warps": 8}),
         ("reconstruct", {"COLORS": 3, "SCALE": 2, "K": 16, "TAPS": 80}, {}),
         ("reconstruct", {"COLORS": 3, "SCALE": 4, "K": 64, "TAPS": 80}, {}),
-        ("mask_pool", {"R": 16}, {}),
+        ("mask_pool", {"R": 16, "STAGES": 2}, {}),
     ],
 )
 def test_convolutions_are_pipelined_on_tensor_cores(name, constants, options, tile, architecture, tmp_path):
@@ -134,8 +134,15 @@ def test_convolutions_are_pipelined_on_tensor_cores(name, constants, options, ti
         ("first_conv", {"COLORS": 3, "K": 32, "C": 64, "BM": 128, "DOT": "tf32"}, (), {}),
         ("mask_decide", {"R": 16, "BM": 128, "STAGES": STAGES, "DOT": "tf32"}, ("decide", "decide_bias"), {}),
         ("kernel_map", {"BM": 128}, (), {}),
-        ("attend", {"C": 64, "R": 4, "BM": 64, "LAYERS": 4, "DENSE": DENSE, "DOT": "tf32"}, ATTENTION, {}),
-        ("attend", {"C": 64, "R": 4, "BM": 64, "LAYERS": 4, "DENSE": 0, "DOT": "tf32"}, ATTENTION, {}),
+        *(
+            (
+                "attend",
+                {"C": 64, "R": 4, "BM": ATTEND_TILE, "LAYERS": 4, "DENSE": dense, "DOT": "tf32"},
+                ATTENTION,
+                {"num_warps": 2},
+            )
+            for dense in (DENSE, 0)
+        ),
         ("reduce", {"BLOCKS": 5, "C": 64, "BM": 64, "DOT": "tf32"}, (), {}),
     ],
 )
