@@ -39,8 +39,9 @@ RECORDED = ("pre_train", "template")  # of those, the ones that a resumed run ke
 TRAINING_FLAGS = (
     *("data_train", "ext", "patch_size", "no_augment", "compile", "test_every", "epochs", "batch_size", "split_batch"),
     *("gclip", "skip_threshold", "max_bad_steps", "ema", "loss", "lambda_sparsity", "sparsity_target"),
-    *("vgg_weights", "gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma", "tau_min"),
-    *("unmasked_epochs", "tau_epochs", "lambda_warmup", "save_models", "print_every", "tensorboard", "images_every"),
+    *("vgg_weights", "gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma"),
+    *("unmasked_epochs", "tau_min", "tau_epochs", "lambda_warmup", "save_models", "print_every", "tensorboard"),
+    "images_every",
 )
 TEST_ONLY_FLAGS = ("chop", "self_ensemble", "save_results", "save_masks", "metrics", "dir_demo")
 MODEL_FLAGS = (
@@ -386,7 +387,7 @@ def _add_loss_options(group):
         "--sparsity_target",
         type=share,
         default=0.0,
-        help="active share of a module below which the sparsity loss does not push it; 0: the paper's loss",
+        help="active share to which the sparsity loss draws each module; 0, the paper's loss, draws them down",
     )
     group.add_argument("--vgg_weights", metavar="FILE", help="file with torchvision's VGG19 weights")
     group.add_argument(

@@ -62,7 +62,7 @@ class StepSettings:
     precision: torch.dtype = torch.float32  # of the convolutions; weights, losses and updates are float32
     compile: bool = False  # compile forward and backward, and on a GPU replay the step as one CUDA graph
     ema: float = 0.0  # decay of a moving average of the weights; 0: off
-    sparsity_target: float = 0.0  # active share of a module below which the sparsity loss does not push it
+    sparsity_target: float = 0.0  # active share to which the sparsity loss draws each module
 
 
 @dataclass(frozen=True)

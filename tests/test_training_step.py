@@ -705,3 +705,16 @@ def test_batches_of_another_size_run_without_the_graph(graphed):
             take(step, *random_batch(n_images=2 if index == 5 else 4, seed=index), noise_seed=index)
         states.append(step.state())
     assert_identical(states[1]["model"], states[0]["model"])
+
+
+def test_modules_are_drawn_to_the_sparsity_target():
+    batch = random_batch()
+
+    def active(target):
+        step = build_step(sparsity_target=target, optimizer=OptimizerSettings(lr=1e-2))
+        for _ in range(60):
+            result = take(step, *batch, lambda_=1000)
+        return [value for name, value in zip(result.names, result.values, strict=True) if name.startswith("active_")]
+
+    for target in (0.3, 0.8):
+        assert active(target) == pytest.approx([target] * N_MODULES, abs=0.1)

@@ -248,7 +248,7 @@ def mask_decide(
 
 @kernel
 def _pixels_before(t, H, W, BM: tl.constexpr):
-    """The pixels of a map (H, W) that lie in the tiles before tile t; all tiles but the last of a row are equally wide."""
+    """The pixels of a map (H, W) that lie in the tiles before tile t."""
     across = tl.cdiv(W, POOLED_COLUMNS)
     rows = BM // POOLED_COLUMNS
     above = t // across * rows
@@ -259,8 +259,8 @@ def _pixels_before(t, H, W, BM: tl.constexpr):
 def kernel_map(mask, counts, order, bits, total, H, W, PH, PW, BM: tl.constexpr):
     """List the pixels, important ones from the front and others from the back, and look around each of them.
 
-    Bits 0...8 of an entry of the list: this neighbor is important; bits 9...17: it lies inside the image. The tiles are those of
-    `mask_decide`, and every position follows from its counts, so the order is the same in every run.
+    Bits 0...8 of an entry of the list: this neighbor is important; bits 9...17: it lies inside the image. The tiles
+    are those of `mask_decide`, and every position follows from its counts, so the order is the same in every run.
     """
     n = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0)
@@ -503,8 +503,8 @@ def attend(
 ):
     """f + z * attention. z is the map y at important pixels; elsewhere it is collected here, from dense channels.
 
-    Each program computes the attention anew, and then takes several tiles. collect (LAYERS, C, C) and bias (C,) as in `important_layer`; weights of the
-    attention are float32.
+    Each program computes the attention anew, and then takes several tiles. collect (LAYERS, C, C) and bias (C,) as in
+    `important_layer`; weights of the attention are float32.
 
     sums   (N, LAYERS + 1, C): of the dense outputs of each layer at other pixels, and of y at important ones
     DENSE  dense channels of each layer, padded, 8 bits per layer

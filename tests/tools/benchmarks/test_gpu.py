@@ -6,7 +6,7 @@ import torch
 from model.smsr import SMSR
 from program import InputError
 from tools import benchmark
-from tools.benchmarks import gpu
+from tools.benchmarks import epochs, gpu
 from tools.benchmarks.gpu import check_all, check_results, check_training, measure_training, with_dense_channels
 from training_step import TrainingStep
 
@@ -76,7 +76,9 @@ def test_trainings_are_compared(monkeypatch):
     assert check_training(device, compiled=False) == [{"training": name, "right": False} for name in names]
 
 
-def test_training_is_measured():
+def test_training_is_measured(monkeypatch):
+    for name, value in {"N_IMAGES": 1, "TRAIN_SIZE": (40, 40), "N_TEST_IMAGES": 1, "TEST_SIZE": (40, 40)}.items():
+        monkeypatch.setattr(epochs, name, value)
     options = ["--precision", "single", "--batch_size", "1", "--patch_size", "8", "--repeats", "1", "--threads", "1"]
     results = measure_training(torch.device("cpu"), [*options, "--epochs", "1", "--steps", "1"])
     assert results["steps"]["single"]["step_ms"] > 0
