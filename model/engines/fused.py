@@ -29,8 +29,7 @@ MAX_NUMBERS = 2**31 - 1  # in a map of one image: kernels count them in 32 bits
 # (channels, bytes of a number): pixels per tile, stages. So registers suffice, and 100 KB of shared memory.
 TILES = {(64, 2): (128, 3), (64, 4): (64, 2), (128, 2): (32, 3), (128, 4): (32, 1)}
 MIN_TILES, SMALLEST_TILE = 256, 32  # about two tiles per processor of a large GPU, if the image is not too small
-REDUCE_TILE, ATTEND_TILE = 64, 32  # pixels per tile of kernels that mostly wait for memory
-ATTEND_PROGRAMS = 2048  # which take several tiles each: as many as run on a large GPU at once
+REDUCE_TILE, ATTEND_TILE = 64, 64  # pixels per tile, at most, of kernels that mostly wait for memory
 
 
 def pad_size(size: int) -> int:
@@ -115,6 +114,19 @@ class FusedBlock:
         self.excite_bias = pad_to(excite.bias.detach().float(), channels)
 
 
+class Counters(NamedTuple):
+    """What the programs of a module count.
+
+    important  int32 (N,), important pixels
+    finished   int64 (N,), programs of the last layer
+    sums       int64 (N, L + 1, C), see `_attention`
+    """
+
+    important: torch.Tensor
+    finished: torch.Tensor
+    sums: torch.Tensor
+
+
 class FusedResult(NamedTuple):
     """What a forward leaves on the device.
 
@@ -197,8 +209,11 @@ class FusedPlan:
         n, n_colors, height, width = x.shape
         run = _Run(self, x)
         n_blocks, n_layers = len(self.blocks), len(self.blocks[0].layers)
-        zeros = x.new_zeros(n_blocks * n * (n_layers + 1) * self.channels + 1, dtype=torch.int64)
-        sums, not_finite = zeros[:-1].view(n_blocks, n, n_layers + 1, -1), zeros[-1:].view(torch.int32)[:1]
+        zeros = x.new_zeros(n_blocks * n * ((n_layers + 1) * self.channels + 1) + 1, dtype=torch.int64)
+        not_finite, finished, sums = zeros.split([1, n_blocks * n, n_blocks * n * (n_layers + 1) * self.channels])
+        not_finite, finished = not_finite.view(torch.int32)[:1], finished.view(n_blocks, n)
+        sums = sums.view(n_blocks, n, n_layers + 1, -1)
+        factors = x.new_empty(n_blocks, n, self.channels, dtype=torch.float32)
         total = x.new_empty(n_blocks, n, dtype=torch.int32)
         masks = x.new_empty(n_blocks, n, run.height, run.width, dtype=torch.uint8)
         head, scratch = run.new_map(), run.new_map()
@@ -209,8 +224,9 @@ class FusedPlan:
         f = head
         for k, block in enumerate(self.blocks):
             run.make_mask(block, f, masks[k], total[k])
-            run.run_layers(block, f, maps, total=total[k], y=scratch, sums=sums[k])
-            run.attend(block, f, maps, mask=masks[k], total=total[k], y=scratch, sums=sums[k], out=features[k])
+            counters = Counters(total[k], finished[k], sums[k])
+            run.run_layers(block, f, maps, counters, y=scratch, factor=factors[k])
+            run.attend(block, f, maps, masks[k], y=scratch, factor=factors[k], out=features[k])
             f = features[k]
         run.reduce(features, maps[0])
         run.conv(maps[0], self.fuse_w, self.fuse_bias, add=head, out=maps[1])
@@ -407,22 +423,25 @@ class _Run:
             **plan.options,
         )
 
-    def run_layers(self, block, f, maps, total, y, sums):
-        """Run the layers of a module, and collect the important pixels into the map y."""
+    def run_layers(self, block, f, maps, counters, y, factor):
+        """Run the layers of a module, collect the important pixels into the map y, and compute the attention."""
         source = f
         for index, layer in enumerate(block.layers):
             is_last = index == len(block.layers) - 1
             out = maps[index] if layer.d_out or not is_last else None
             important = functools.partial(
-                self.important_layer, block, layer, source, maps, total, y if is_last else out, sums[:, -1], is_last
+                self.important_layer, block, layer, source, maps, counters, y if is_last else out, factor, is_last
             )
-            if layer.d_out:
-                run_both(functools.partial(self.dense_layer, layer, source, out, total, sums[:, index]), important)
-            else:
+            dense = functools.partial(self.dense_layer, layer, source, out, counters, index)
+            if is_last or not layer.d_out:  # the attention needs all sums
+                if layer.d_out:
+                    dense()
                 important()
+            else:
+                run_both(dense, important)
             source = out
 
-    def dense_layer(self, layer, source, out, total, sums):
+    def dense_layer(self, layer, source, out, counters, index):
         plan = self.plan
         kernels.dense_layer[self.list_grid](
             source,
@@ -430,11 +449,11 @@ class _Run:
             layer.dense,
             self.order,
             self.bits,
-            total,
-            sums,
+            counters.important,
+            counters.sums[:, index],
             self.height,
             self.width,
-            sums.stride(0),
+            counters.sums.stride(0),
             C=plan.channels,
             D_IN=layer.d_in,
             D_OUT=layer.d_out,
@@ -444,7 +463,7 @@ class _Run:
             **plan.options,
         )
 
-    def important_layer(self, block, layer, source, maps, total, out, sums, is_last):
+    def important_layer(self, block, layer, source, maps, counters, out, factor, is_last):
         plan = self.plan
         kernels.important_layer[self.list_grid](
             source,
@@ -454,48 +473,49 @@ class _Run:
             block.collect_bias,
             self.order,
             self.bits,
-            total,
+            counters.important,
             out,
-            sums,
+            counters.sums,
+            block.squeeze_w,
+            block.squeeze_bias,
+            block.excite_w,
+            block.excite_bias,
+            factor,
+            counters.finished,
             self.height,
             self.width,
             maps.stride(0),
-            sums.stride(0),
             C=plan.channels,
+            R=block.squeezed,
             D_IN=layer.d_in,
             BM=self.tile,
             STAGES=self.stages,
             LAYERS=len(block.layers),
             LAST=is_last,
+            DENSE=block.dense_code if is_last else 0,
             DOT=self.dot,
             num_warps=8 if is_last and self.tile > 64 else plan.options["num_warps"],  # collecting needs registers
         )
 
-    def attend(self, block, f, maps, mask, total, y, sums, out):
-        programs = min(triton.cdiv(self.pixels, ATTEND_TILE), triton.cdiv(ATTEND_PROGRAMS, self.n))
-        kernels.attend[programs, self.n](
+    def attend(self, block, f, maps, mask, y, factor, out):
+        tile = min(self.tile, ATTEND_TILE)
+        kernels.attend[(triton.cdiv(self.pixels, tile), self.n)](
             f,
             y,
             maps,
             block.collect,
             block.collect_bias,
             mask,
-            total,
-            sums,
-            block.squeeze_w,
-            block.squeeze_bias,
-            block.excite_w,
-            block.excite_bias,
+            factor,
             out,
             self.pixels,
             maps.stride(0),
             C=self.plan.channels,
-            R=block.squeezed,
-            BM=ATTEND_TILE,
+            BM=tile,
             LAYERS=len(block.layers),
             DENSE=block.dense_code,
             DOT=self.dot,
-            num_warps=2 if self.plan.channels <= 64 else 8,
+            **self.plan.options,
         )
 
     def reduce(self, features, out):

@@ -21,7 +21,7 @@ kernel = triton.jit(
         *("H", "W", "PH", "PW", "P", "height", "width", "stride", "sums_stride"),
         *("sn", "sc", "sh", "sw"),
     ],
-    do_not_specialize_on_alignment=["x", "total", "mask", "counts"],
+    do_not_specialize_on_alignment=["x", "total", "mask", "counts", "finished"],
 )
 
 SUM_SCALE = tl.constexpr(2.0**20)  # of sums that are kept as integers
@@ -325,6 +325,44 @@ def _collect(
 
 
 @kernel
+def _attention(
+    sums,
+    others,
+    collect,
+    bias,
+    w1,
+    b1,
+    w2,
+    b2,
+    P,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    LAYERS: tl.constexpr,
+    DENSE: tl.constexpr,
+):
+    """Channel attention (C -> R -> C) of the collected map, from its mean: (C,). The weights of both layers are float32.
+
+    The mean follows from sums (LAYERS + 1, C): of the dense outputs of each layer at the `others` of the P pixels, and
+    of what was collected at the important ones.
+    """
+    c = tl.arange(0, C)
+    r = tl.arange(0, R)
+    # Other programs have just added to the sums, in the second-level cache.
+    mean = tl.load(sums + LAYERS * C + c, cache_modifier=".cg").to(tl.float32) / SUM_SCALE
+    mean += others.to(tl.float32) * tl.load(bias + c).to(tl.float32)
+    for j in tl.static_range(LAYERS):  # the sum of a 1x1 convolution is that of the sums
+        if (DENSE >> (8 * j)) & 255 > 0:
+            i = tl.arange(0, (DENSE >> (8 * j)) & 255)
+            inputs = tl.load(sums + j * C + i, cache_modifier=".cg").to(tl.float32) / SUM_SCALE
+            weights = tl.load(collect + (j * C + i[:, None]) * C + c[None, :]).to(tl.float32)
+            mean += tl.sum(inputs[:, None] * weights, 0)
+    mean = mean / P
+    h = tl.sum(tl.load(w1 + r[:, None] * C + c[None, :]) * mean[None, :], 1) + tl.load(b1 + r)
+    h = tl.maximum(h, 0.0)
+    return tl.sigmoid(tl.sum(tl.load(w2 + c[:, None] * R + r[None, :]) * h[None, :], 1) + tl.load(b2 + c))
+
+
+@kernel
 def important_layer(
     src,
     maps,
@@ -336,33 +374,45 @@ def important_layer(
     total,
     out,
     sums,
+    w1,
+    b1,
+    w2,
+    b2,
+    factor,
+    finished,
     H,
     W,
     stride,
-    sums_stride,
     C: tl.constexpr,
+    R: tl.constexpr,
     D_IN: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
     LAYERS: tl.constexpr,
     LAST: tl.constexpr,
+    DENSE: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """A sparse mask convolution at the important pixels: all outputs from all inputs that are computed, and ReLU.
 
-    The LAST layer of a module does not store them: it collects all layers (1x1).
+    The LAST layer of a module does not store them: it collects all layers (1x1). The program that finishes last then
+    computes the channel attention.
 
-    src   the map that this layer reads, with D_IN dense channels, padded; 0: none
-    maps  the outputs of the layers, `stride` numbers apart
-    w     (9, C, C); collect: (LAYERS, C, C); bias: (C,), all inputs first
-    out   the map that this layer writes
-    sums  (N, C) int64, `sums_stride` numbers apart: the sums of the LAST layer's result over the important pixels
+    src       the map that this layer reads, with D_IN dense channels, padded; 0: none
+    maps      the outputs of the layers, `stride` numbers apart
+    w         (9, C, C); collect: (LAYERS, C, C); bias: (C,), all inputs first
+    out       the map that this layer writes
+    sums      (N, LAYERS + 1, C) int64, as in `_attention`; the LAST layer adds its result
+    factor    (N, C) float32, the attention
+    finished  (N,) int64, of programs; at first 0
+    DENSE     dense channels of each layer, padded, 8 bits per layer
     """
     n = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0)
     count = tl.load(total + n)
     stride = tl.cast(stride, tl.int64)  # j * stride may not fit into 32 bits
-    if t * BM < count:
+    n_programs = tl.maximum(tl.cdiv(count, BM), 1)
+    if t < n_programs:
         offset = n * H * W
         i = t * BM + tl.arange(0, BM)
         valid = i < count
@@ -385,7 +435,15 @@ def important_layer(
             maps += offset * C
             z = _collect(f, maps, collect, bias, p, valid, stride, C=C, BM=BM, LAYERS=LAYERS, DOT=DOT)
             tl.store(out + at, z.to(out.dtype.element_ty), mask=valid[:, None])
-            _add_to_sums(sums + n * sums_stride + c, z, valid)
+            sums += n * (LAYERS + 1) * C
+            _add_to_sums(sums + LAYERS * C + c, z, valid)
+            tl.debug_barrier()  # all threads have added
+            if tl.atomic_add(finished + n, 1) == n_programs - 1:
+                others, pixels = H * W - count, H * W
+                attention = _attention(
+                    sums, others, collect, bias, w1, b1, w2, b2, pixels, C=C, R=R, LAYERS=LAYERS, DENSE=DENSE
+                )
+                tl.store(factor + n * C + c, attention)
         else:
             tl.store(out + at, f, mask=valid[:, None])
 
@@ -445,39 +503,6 @@ def dense_layer(
 
 
 @kernel
-def _attention(
-    sums,
-    total,
-    collect,
-    bias,
-    w1,
-    b1,
-    w2,
-    b2,
-    P,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    LAYERS: tl.constexpr,
-    DENSE: tl.constexpr,
-):
-    """Channel attention (C -> R -> C) of the collected map, from its mean: (C,)."""
-    c = tl.arange(0, C)
-    r = tl.arange(0, R)
-    mean = tl.load(sums + LAYERS * C + c).to(tl.float32) / SUM_SCALE
-    mean += (P - tl.load(total)).to(tl.float32) * tl.load(bias + c).to(tl.float32)
-    for j in tl.static_range(LAYERS):  # the sum of a 1x1 convolution is that of the sums
-        if (DENSE >> (8 * j)) & 255 > 0:
-            i = tl.arange(0, (DENSE >> (8 * j)) & 255)
-            inputs = tl.load(sums + j * C + i).to(tl.float32) / SUM_SCALE
-            weights = tl.load(collect + (j * C + i[:, None]) * C + c[None, :]).to(tl.float32)
-            mean += tl.sum(inputs[:, None] * weights, 0)
-    mean = mean / P
-    h = tl.sum(tl.load(w1 + r[:, None] * C + c[None, :]) * mean[None, :], 1) + tl.load(b1 + r)
-    h = tl.maximum(h, 0.0)
-    return tl.sigmoid(tl.sum(tl.load(w2 + c[:, None] * R + r[None, :]) * h[None, :], 1) + tl.load(b2 + c))
-
-
-@kernel
 def attend(
     f,
     y,
@@ -485,17 +510,11 @@ def attend(
     collect,
     bias,
     mask,
-    total,
-    sums,
-    w1,
-    b1,
-    w2,
-    b2,
+    factor,
     out,
     P,
     stride,
     C: tl.constexpr,
-    R: tl.constexpr,
     BM: tl.constexpr,
     LAYERS: tl.constexpr,
     DENSE: tl.constexpr,
@@ -503,35 +522,26 @@ def attend(
 ):
     """f + z * attention. z is the map y at important pixels; elsewhere it is collected here, from dense channels.
 
-    Each program computes the attention anew, and then takes several tiles. collect (LAYERS, C, C) and bias (C,) as in
-    `important_layer`; weights of the attention are float32.
-
-    sums   (N, LAYERS + 1, C): of the dense outputs of each layer at other pixels, and of y at important ones
-    DENSE  dense channels of each layer, padded, 8 bits per layer
+    Collect (LAYERS, C, C), bias (C,), factor (N, C) and DENSE are as in `important_layer`.
     """
     n = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.arange(0, C)
+    valid = p < P
+    important = tl.load(mask + n * P + p, mask=valid, other=0) != 0
+    other = (valid & (important == 0))[:, None]
     stride = tl.cast(stride, tl.int64)
-    factor = _attention(
-        sums + n * (LAYERS + 1) * C, total + n, collect, bias, w1, b1, w2, b2, P, C=C, R=R, LAYERS=LAYERS, DENSE=DENSE
-    )
-    constant = tl.load(bias + c)[None, :].to(tl.float32)
-    for t in tl.range(tl.program_id(0), tl.cdiv(P, BM), tl.num_programs(0), num_stages=1):
-        p = t * BM + tl.arange(0, BM)
-        valid = p < P
-        important = tl.load(mask + n * P + p, mask=valid, other=0) != 0
-        other = (valid & (important == 0))[:, None]
-        z = tl.zeros((BM, C), tl.float32) + constant
-        for j in tl.static_range(LAYERS):
-            if (DENSE >> (8 * j)) & 255 > 0:
-                i = tl.arange(0, (DENSE >> (8 * j)) & 255)
-                a = tl.load(maps + j * stride + (n * P + p)[:, None] * C + i[None, :], mask=other, other=0.0)
-                b = tl.load(collect + (j * C + i[:, None]) * C + c[None, :])
-                z = tl.dot(a, b, z, input_precision=DOT)
-        at = (n * P + p)[:, None] * C + c[None, :]
-        z = tl.where(important[:, None], tl.load(y + at, mask=important[:, None], other=0.0).to(tl.float32), z)
-        v = tl.load(f + at, mask=valid[:, None], other=0.0).to(tl.float32) + z * factor[None, :]
-        tl.store(out + at, v.to(out.dtype.element_ty), mask=valid[:, None])
+    z = tl.zeros((BM, C), tl.float32) + tl.load(bias + c)[None, :].to(tl.float32)
+    for j in tl.static_range(LAYERS):
+        if (DENSE >> (8 * j)) & 255 > 0:
+            i = tl.arange(0, (DENSE >> (8 * j)) & 255)
+            a = tl.load(maps + j * stride + (n * P + p)[:, None] * C + i[None, :], mask=other, other=0.0)
+            b = tl.load(collect + (j * C + i[:, None]) * C + c[None, :])
+            z = tl.dot(a, b, z, input_precision=DOT)
+    at = (n * P + p)[:, None] * C + c[None, :]
+    z = tl.where(important[:, None], tl.load(y + at, mask=important[:, None], other=0.0).to(tl.float32), z)
+    v = tl.load(f + at, mask=valid[:, None], other=0.0).to(tl.float32) + z * tl.load(factor + n * C + c)[None, :]
+    tl.store(out + at, v.to(out.dtype.element_ty), mask=valid[:, None])
 
 
 @kernel
