@@ -8,6 +8,8 @@ docs/sparse-inference.md explains the method.
 import functools
 import itertools
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from model.engines.graphs import MAX_SHARE, GraphCache, run_both
 from model.engines.weights import pad_to, to_taps
 from model.network import Cost, DeferredCost
 from model.sparse import BlockPlan, Plan
-from program import InputError, is_out_of_memory
+from program import InputError, is_out_of_memory, usable_processors
 from utility import logger
 
 MAX_FEATS = 128  # a tile holds all channels of its pixels in registers
@@ -172,6 +174,7 @@ class FusedPlan:
         bicubic = pad_to(bicubic, self.taps, self.tail_k)
         rounded = bicubic.to(model.tail.conv.weight.dtype)
         self.bicubic = torch.stack([rounded, (bicubic - rounded).to(rounded.dtype)])
+        self._compiled: set[tuple] = set()  # variants of the kernels
 
     def _square(self, conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
         return pad_to(to_taps(conv.weight), self.channels, self.channels), pad_to(conv.bias.detach(), self.channels)
@@ -206,8 +209,22 @@ class FusedPlan:
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor) -> FusedResult:
+        run = _Run(self, x, _launch)
+        if run.variant not in self._compiled:
+            self.compile(x)
+        return self._forward(run)
+
+    @torch.no_grad()
+    def compile(self, x: torch.Tensor) -> None:
+        """Compile the kernels for such images in several threads; one after the other would take several seconds."""
+        run = _Run(self, x, _compile)
+        with ThreadPoolExecutor(usable_processors()) as pool, triton.AsyncCompileMode(pool):
+            self._forward(run)
+        self._compiled.add(run.variant)
+
+    def _forward(self, run: "_Run") -> FusedResult:
+        x = run.x
         n, n_colors, height, width = x.shape
-        run = _Run(self, x)
         n_blocks, n_layers = len(self.blocks), len(self.blocks[0].layers)
         zeros = x.new_zeros(n_blocks * n * ((n_layers + 1) * self.channels + 1) + 1, dtype=torch.int64)
         not_finite, finished, sums = zeros.split([1, n_blocks * n, n_blocks * n * (n_layers + 1) * self.channels])
@@ -307,11 +324,19 @@ class FusedEngine:
         return DeferredCost(compute, masks)
 
 
-class _Run:
-    """One forward: sizes, work memory, and the launch of each kernel."""
+def _launch(kernel, grid, *args, **options):
+    kernel[grid](*args, **options)
 
-    def __init__(self, plan: FusedPlan, x: torch.Tensor):
-        self.plan, self.x = plan, x
+
+def _compile(kernel, grid, *args, **options):
+    kernel.warmup(*args, grid=grid, **options)
+
+
+class _Run:
+    """One forward: sizes, work memory, and the launch of each kernel, by `_launch` or `_compile`."""
+
+    def __init__(self, plan: FusedPlan, x: torch.Tensor, launch: Callable):
+        self.plan, self.x, self.launch = plan, x, launch
         self.n, _, self.image_height, self.image_width = x.shape
         self.height, self.width = self.image_height + self.image_height % 2, self.image_width + self.image_width % 2
         self.pixels = self.height * self.width
@@ -326,6 +351,7 @@ class _Run:
         self.pooled_grid = (pooled_tiles, self.n)
         exact = x.dtype == torch.float32 and x.is_cuda and not torch.backends.cudnn.allow_tf32
         self.dot = "ieee" if exact else "tf32"
+        self.variant = (x.dtype, self.dot, self.tile, self.pooled_tile)  # what kernels are compiled for
         self.order, self.bits = (x.new_empty(self.n, self.pixels, dtype=torch.int32) for _ in range(2))
 
     def new_map(self) -> torch.Tensor:
@@ -333,7 +359,9 @@ class _Run:
 
     def first_conv(self, x, out, not_finite):
         plan = self.plan
-        kernels.first_conv[self.grid](
+        self.launch(
+            kernels.first_conv,
+            self.grid,
             x,
             plan.mean,
             plan.first_w,
@@ -355,7 +383,9 @@ class _Run:
 
     def conv(self, source, w, bias, add, out):
         plan = self.plan
-        kernels.conv3x3[self.grid](
+        self.launch(
+            kernels.conv3x3,
+            self.grid,
             source,
             w,
             bias,
@@ -376,7 +406,9 @@ class _Run:
         plan, hidden = self.plan, block.hidden
         pooled = self.x.new_empty(self.n, self.pooled_pixels, hidden)
         counts = self.x.new_empty(self.n, self.pooled_grid[0], dtype=torch.int32)
-        kernels.mask_pool[self.pooled_grid](
+        self.launch(
+            kernels.mask_pool,
+            self.pooled_grid,
             f,
             block.pool_w,
             block.pool_bias,
@@ -392,7 +424,9 @@ class _Run:
             DOT=self.dot,
             **plan.options,
         )
-        kernels.mask_decide[self.pooled_grid](
+        self.launch(
+            kernels.mask_decide,
+            self.pooled_grid,
             pooled,
             block.mid_w,
             block.mid_bias,
@@ -409,7 +443,9 @@ class _Run:
             DOT=self.dot,
             **plan.options,
         )
-        kernels.kernel_map[self.pooled_grid](
+        self.launch(
+            kernels.kernel_map,
+            self.pooled_grid,
             mask,
             counts,
             self.order,
@@ -443,7 +479,9 @@ class _Run:
 
     def dense_layer(self, layer, source, out, counters, index):
         plan = self.plan
-        kernels.dense_layer[self.list_grid](
+        self.launch(
+            kernels.dense_layer,
+            self.list_grid,
             source,
             out,
             layer.dense,
@@ -465,7 +503,9 @@ class _Run:
 
     def important_layer(self, block, layer, source, maps, counters, out, factor, is_last):
         plan = self.plan
-        kernels.important_layer[self.list_grid](
+        self.launch(
+            kernels.important_layer,
+            self.list_grid,
             source,
             maps,
             layer.w,
@@ -499,7 +539,9 @@ class _Run:
 
     def attend(self, block, f, maps, mask, y, factor, out):
         tile = min(self.tile, ATTEND_TILE)
-        kernels.attend[(triton.cdiv(self.pixels, tile), self.n)](
+        self.launch(
+            kernels.attend,
+            (triton.cdiv(self.pixels, tile), self.n),
             f,
             y,
             maps,
@@ -520,7 +562,9 @@ class _Run:
 
     def reduce(self, features, out):
         plan, pixels = self.plan, self.n * self.pixels
-        kernels.reduce[(triton.cdiv(pixels, REDUCE_TILE),)](
+        self.launch(
+            kernels.reduce,
+            (triton.cdiv(pixels, REDUCE_TILE),),
             features,
             plan.reduce_w,
             plan.reduce_bias,
@@ -536,7 +580,9 @@ class _Run:
 
     def reconstruct(self, source, x, sr):
         plan = self.plan
-        kernels.reconstruct[self.grid](
+        self.launch(
+            kernels.reconstruct,
+            self.grid,
             source,
             plan.tail_w,
             plan.tail_bias,

@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="needs the triton package, see requirements-dev.txt")
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from model.engines import fused_kernels as kernels
-from model.engines.fused import ATTEND_TILE, TILES
+from model.engines.fused import ATTEND_TILE, TILES, FusedPlan
+from model.smsr import SMSR
+from model.sparse import Plan
 
 STAGES = 3
 ROOT = Path(__file__).resolve().parents[3]
@@ -144,3 +148,30 @@ def test_other_kernels_do_not_spill(name, constants, float32, options, architect
     built = compile_ahead(getattr(kernels, name), constants, architecture, float32=float32, **options)
     multiplies = name != "kernel_map" and constants.get("DENSE") != 0
     assert_fast(built, architecture, tmp_path, pipelined=False, multiplies=multiplies)
+
+
+class FakeDriver:
+    """As much of a GPU as compiling needs."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_all_kernels_are_compiled_ahead(dtype, monkeypatch):
+    monkeypatch.setattr(triton.runtime.driver, "_active", FakeDriver())
+    torch.manual_seed(0)
+    model = SMSR(2).to(dtype).eval()
+    plan = FusedPlan(Plan(model))
+    x = torch.zeros(1, 3, 20, 20, dtype=dtype)
+    plan.compile(x)
+    compiled = []
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda *args: compiled.append(args))
+    plan.compile(x)
+    assert not compiled  # again
