@@ -19,13 +19,16 @@ TEMPLATES = {
     "SMSR": {"model": "SMSR"},
     "EDSR_baseline": {"model": "EDSR", "lr": 1e-4},
     "EDSR_paper": {"model": "EDSR", "lr": 1e-4, "n_resblocks": 32, "n_feats": 256, "res_scale": 0.1},
-    "short": {"model": "SMSR", "patch_size": 48, "batch_size": 8, "test_every": 300, "epochs": 60, "ema": 0.999},
+    "short": {
+        **{"model": "SMSR", "patch_size": 48, "batch_size": 8, "test_every": 300, "epochs": 60, "ema": 0.999},
+        **{"lambda_sparsity": 5.0, "sparsity_target": 0.5},
+    },
     "GAN": {"epochs": 200, "lr": 5e-5, "loss": "5*VGG54+0.15*GAN"},
 }
 # Default schedules, for runs of this many epochs. Runs of another length scale them.
 PAPER_SCHEDULES = {"epochs": 1000, "unmasked_epochs": 0, "decay": [200], "tau_epochs": 500, "lambda_warmup": 50}
 SCHEDULES = {  # of templates
-    "short": {"epochs": 60, "unmasked_epochs": 30, "decay": [40, 48, 55], "tau_epochs": 33, "lambda_warmup": 15},
+    "short": {"epochs": 60, "unmasked_epochs": 30, "decay": [40, 48, 55], "tau_epochs": 16, "lambda_warmup": 2},
     "GAN": {"epochs": 200, "unmasked_epochs": 0, "decay": [150], "tau_epochs": 100, "lambda_warmup": 10},
 }
 

@@ -55,10 +55,20 @@ CURVES = {
 EMPTY, FULL = 0.01, 0.99  # a mask whose density lies below or above does not select pixels
 PATIENCE = 2  # epochs; in a single one a mask may be empty or full by chance
 ADVICE = {
-    "empty": "restart from weights of an earlier epoch with a lower lambda_sparsity or a longer lambda_warmup, because "
-    "they rarely recover",
-    "full": "raise lambda_sparsity, because they save nothing",
+    "empty": "restart from weights of an earlier epoch with a sparsity_target, a lower lambda_sparsity or a longer "
+    "lambda_warmup, because they rarely recover",
+    "full": "raise lambda_sparsity or set a sparsity_target, because they save nothing",
 }
+
+
+def comparable(history: Sequence[Row]) -> list[Row]:
+    """The epochs that rival the last one: with a smaller lambda PSNR is higher, but masks save less."""
+
+    def pressure(row: Row) -> float | None:
+        has_masks = math.isfinite(row.get("density_1", math.nan)) and math.isfinite(row.get("lambda", math.nan))
+        return row["lambda"] if has_masks else None
+
+    return [row for row in history if pressure(row) == pressure(history[-1])]
 
 
 class RunningMeans:

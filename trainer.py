@@ -21,7 +21,7 @@ from evaluation import evaluate, headline, mask_densities
 from model.inference import build_predictor
 from program import InputError
 from recovery import report_failures, resume_hint, stop_on_interrupt
-from summary import MaskMonitor, Row, RunningMeans, TensorBoard, mask_histogram, write_curves, write_history
+from summary import MaskMonitor, Row, RunningMeans, TensorBoard, comparable, mask_histogram, write_curves, write_history
 from training_step import TrainingStep
 from utility import logger, peak_memory, progress_bar, synchronize
 
@@ -334,10 +334,10 @@ class Trainer:
         self.experiment.save_weights(f"latest{suffix}", weights)
 
     def _is_best(self, suffix):
-        """Whether the last epoch is the best so far; the first one with masks beats all those without."""
-        *former, last = self.history
+        """Whether the last epoch is the best so far."""
+        *rivals, last = comparable(self.history)
+        rivals = [row for row in rivals if self.schedules.has_masks(row["epoch"]) == self._has_masks]
         name = next(key for key in last if key.startswith("psnr")) + suffix
-        rivals = [row for row in former if self.schedules.has_masks(row["epoch"]) or not self._has_masks]
         return all(last[name] > row[name] for row in rivals if not math.isnan(row.get(name, math.nan)))
 
     def _save_checkpoint(self):

@@ -22,7 +22,7 @@ from model.snapshot import Snapshot
 
 SPARSE, IMPORTANT = 0, 1  # index into the two spatial logits of a pixel
 DENSE = 0  # index into the two channel logits of a channel
-OPEN = 4.0  # the logit of importance where masks begin open
+OPEN = 1.5  # the logit of importance where masks begin open; much larger ones would hardly react
 
 Masks = tuple[torch.Tensor, torch.Tensor]  # of a module: m (N, 1, H, W) and c (1, C, L)
 
@@ -119,7 +119,7 @@ class SMM(nn.Module):
 
     @torch.no_grad()
     def open_masks(self) -> None:
-        """Make every pixel important, whatever the features: m is about 0.94 with the noise of tau = 1.
+        """Make every pixel important, whatever the features: m is about 0.77 with the noise of tau = 1.
 
         The branch starts anew: that of a mask which has collapsed hardly reacts to the features any more.
         """

@@ -232,7 +232,7 @@ def test_schedules_that_are_not_given_are_proportional_to_the_epochs():
     args = parse(["--epochs", "100", "--unmasked_epochs", "60"])
     assert (args.decay, args.tau_epochs, args.lambda_warmup) == ([20], 20, 2)
     args = parse(["--template", "short", "--epochs", "120"])
-    assert (args.unmasked_epochs, args.decay, args.tau_epochs, args.lambda_warmup) == (60, [80, 96, 110], 66, 30)
+    assert (args.unmasked_epochs, args.decay, args.tau_epochs, args.lambda_warmup) == (60, [80, 96, 110], 32, 4)
     args = parse(["--template", "short", "--epochs", "2"])
     assert (args.unmasked_epochs, args.decay, args.tau_epochs, args.lambda_warmup) == (1, [1, 2], 1, 1)
     assert parse(["--load", "a", "--epochs", "2000"], vars(parse([]))).decay == [200]

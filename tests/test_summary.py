@@ -16,6 +16,7 @@ from summary import (
     RunningMeans,
     TensorBoard,
     check_tensorboard,
+    comparable,
     draw_panels,
     find_curves,
     mask_histogram,
@@ -189,7 +190,7 @@ def test_masks_that_stay_empty_are_reported_once(caplog):
     assert line.startswith(
         "epoch 3: the masks of these modules have been empty on every validation image for 2 epochs: 1, 3; "
     )
-    assert "a lower lambda_sparsity or a longer lambda_warmup" in line
+    assert "a sparsity_target, a lower lambda_sparsity or a longer lambda_warmup" in line
     assert line.endswith("(docs/training.md)")
 
 
@@ -325,3 +326,12 @@ def test_tensorboard_gets_the_numbers_of_each_epoch_and_images_of_some(tmp_path,
     _, lr, hr = images[0]
     for title, image in (("LR", lr), ("SR", tiny.eval().upscale(lr)), ("HR", hr)):
         assert np.array_equal(iio.imread(written[title][-1].encoded_image_string), image)
+
+
+def test_epochs_rival_each_other_with_the_same_pressure_on_their_masks():
+    history = [{"epoch": k, "lambda": value, "density_1": 0.5} for k, value in enumerate([0.0, 0.0, 0.1, 0.1])]
+    assert comparable(history) == history[2:]
+    assert comparable(history[:2]) == history[:2]
+    without_masks = [{"epoch": k, "lambda": k / 10} for k in range(3)]
+    assert comparable(without_masks) == without_masks
+    assert len(comparable([{"epoch": 1, "density_1": 0.5, "lambda": math.nan}])) == 1  # an edited log

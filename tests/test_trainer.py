@@ -172,7 +172,7 @@ def test_the_first_epochs_train_without_masks(build):
     assert not torch.equal(trainer.model.blocks[0].channel_logits, before[0].channel_logits)
     assert [row["active_1"] for row in trainer.history[:2]] == [1, 1]
     assert [row["active_share_Tiny"] for row in trainer.history[:2]] == [1, 1]
-    assert all(0.8 < row["density_2"] < 1 for row in trainer.history[2:])
+    assert all(0.6 < row["density_2"] < 0.9 for row in trainer.history[2:])
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------
@@ -384,10 +384,6 @@ def test_the_files_and_numbers_of_a_run(build):
     assert [row["lambda"] for row in trainer.history] == [0, 0.05]
     assert [row["lr"] for row in trainer.history] == [1e-3, 5e-4]
     assert [row["skipped"] for row in trainer.history] == [0, 0]
-    best = max(trainer.history, key=lambda row: row["psnr_rgb_Tiny"])["epoch"]
-    kept = torch.load(trainer.experiment.weights_path("best"), weights_only=True)
-    expected = torch.load(trainer.experiment.weights_path(best), weights_only=True)
-    assert all(torch.equal(kept[key], expected[key]) for key in expected)
 
 
 def test_the_columns_of_the_log_keep_their_order(build):
@@ -495,6 +491,7 @@ def test_the_seconds_of_an_epoch_include_those_before_an_interruption(build):
 @pytest.mark.parametrize("values", [[30.0, 32.0, 31.0, 32.0], [math.nan, 30.0, math.nan, 29.0]])
 def test_the_best_epoch_is_the_one_of_the_highest_psnr(build, monkeypatch, values):
     trainer = build(keep_all=True)
+    trainer.schedules = Schedules(lambda_warmup=0)
     values = iter(values)
     monkeypatch.setattr("trainer.headline", lambda metrics: ("psnr_rgb", next(values)))
     trainer.fit(4)

@@ -35,7 +35,7 @@ from files import write_whole
 from loading import load_json
 from option import Parser, count, flag_value, positive_int
 from program import InputError, run_program
-from summary import EMPTY, Row, draw_panels, read_history
+from summary import EMPTY, Row, comparable, draw_panels, read_history
 from tools.tables import Table
 from visualize import describe_density, to_svg
 
@@ -352,11 +352,12 @@ def _format(value: float | str | None, spec: str) -> str:
 
 
 def trainings(runs: Iterable[Run]) -> Iterator[Section]:
-    """A table of the runs that were trained: the epoch with the best PSNR on the first validation set."""
+    """A table of the runs that were trained: the best epoch by PSNR on the first validation set."""
     rows = []
     for run in runs:
         column = next((name for name in run.history[-1] if name.startswith("psnr")), None) if run.history else None
-        scored = [row for row in run.history if math.isfinite(row.get(column, math.nan))]
+        rivals = comparable(run.history) if column else []
+        scored = [row for row in rivals if math.isfinite(row.get(column, math.nan))]
         if scored:
             best = max(scored, key=lambda row: row[column])
             _, colors, images = column.split("_", 2)

@@ -340,7 +340,7 @@ def _attention(
     LAYERS: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    """Channel attention (C -> R -> C) of the collected map, from its mean: (C,). The weights of both layers are float32.
+    """Channel attention (C -> R -> C) of the collected map, from its mean: (C,). Its weights are float32.
 
     The mean follows from sums (LAYERS + 1, C): of the dense outputs of each layer at the `others` of the P pixels, and
     of what was collected at the important ones.

@@ -171,7 +171,7 @@ def test_without_masks_the_network_is_that_with_open_masks():
     assert not torch.allclose(model.masked_forward(x), sr)
     model.open_masks()
     torch.testing.assert_close(model.masked_forward(x), sr)
-    assert all(0.9 < m.mean() < 0.97 for m, _ in model.training_forward(torch.rand(4, 3, 32, 32), tau=1.0)[1])
+    assert all(0.72 < m.mean() < 0.82 for m, _ in model.training_forward(torch.rand(4, 3, 32, 32), tau=1.0)[1])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 2), (7, 9)])
