@@ -35,7 +35,7 @@ from perceptual import Measure, build_measures
 from recovery import report_failures, resume_hint
 from results import ResultSettings, SetResults
 from summary import TensorBoard, check_tensorboard
-from trainer import Schedules, Trainer, TrainSettings, dry_run
+from trainer import Schedules, Trainer, TrainSettings, dry_run, revive_masks
 from training_step import OptimizerSettings, StepSettings, TrainingStep, build_optimizer
 from utility import PRECISIONS, be_deterministic, free_memory, has_fast_bf16, log_to_console, logger, write_json
 
@@ -90,11 +90,9 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
     model = build_network(args, weights, args.pre_train or args.load, transfer=state is None)
     model = model.to(device, memory_format=torch.channels_last)
     check_memory(args, model)
-    if args.unmasked_epochs and state is None:
-        model.open_masks()
-        if args.pre_train:
-            logger.info(f"--pre_train {args.pre_train}: its spatial masks are opened again")
     trainer = build_trainer(args, model, experiment, deadline)
+    if args.revive_masks and state is None:
+        revive_masks(model, trainer.test_sets, args.pre_train)
     if state:
         trainer.load_state(state)
     if args.dry_run:

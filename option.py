@@ -19,32 +19,29 @@ TEMPLATES = {
     "SMSR": {"model": "SMSR"},
     "EDSR_baseline": {"model": "EDSR", "lr": 1e-4},
     "EDSR_paper": {"model": "EDSR", "lr": 1e-4, "n_resblocks": 32, "n_feats": 256, "res_scale": 0.1},
-    "short": {
-        **{"model": "SMSR", "patch_size": 48, "batch_size": 8, "test_every": 300, "epochs": 60, "ema": 0.999},
-        **{"lambda_sparsity": 5.0, "sparsity_target": 0.5},
-    },
+    "short": {"model": "SMSR", "patch_size": 48, "batch_size": 8, "test_every": 300, "epochs": 60, "ema": 0.999},
     "GAN": {"epochs": 200, "lr": 5e-5, "loss": "5*VGG54+0.15*GAN"},
 }
 # Default schedules, for runs of this many epochs. Runs of another length scale them.
-PAPER_SCHEDULES = {"epochs": 1000, "unmasked_epochs": 0, "decay": [200], "tau_epochs": 500, "lambda_warmup": 50}
+PAPER_SCHEDULES = {"epochs": 1000, "decay": [200], "tau_epochs": 500, "lambda_warmup": 50}
 SCHEDULES = {  # of templates
-    "short": {"epochs": 60, "unmasked_epochs": 30, "decay": [40, 48, 55], "tau_epochs": 16, "lambda_warmup": 2},
-    "GAN": {"epochs": 200, "unmasked_epochs": 0, "decay": [150], "tau_epochs": 100, "lambda_warmup": 10},
+    "short": {"epochs": 60, "decay": [40, 48, 55], "tau_epochs": 50, "lambda_warmup": 3},
+    "GAN": {"epochs": 200, "decay": [150], "tau_epochs": 100, "lambda_warmup": 10},
 }
 
 # Options of a single call, which a resumed run does not take from its stored options.
 NOT_RESUMED = {
-    *("cpu", "n_GPUs", "load", "save", "pre_train", "reset", "resume", "template"),
+    *("cpu", "n_GPUs", "load", "save", "pre_train", "revive_masks", "reset", "resume", "template"),
     *("test_only", "dry_run", "time_limit", "dir_demo"),
 }
-RECORDED = ("pre_train", "template")  # of those, the ones that a resumed run keeps in its options.json
+RECORDED = ("pre_train", "revive_masks", "template")  # of those, the ones that a resumed run keeps in its options.json
 # Options that only a training uses; the network, the machine and the name of the run have options of their own.
 TRAINING_FLAGS = (
     *("data_train", "ext", "patch_size", "no_augment", "compile", "test_every", "epochs", "batch_size", "split_batch"),
-    *("gclip", "skip_threshold", "max_bad_steps", "ema", "loss", "lambda_sparsity", "sparsity_target"),
-    *("vgg_weights", "gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma"),
-    *("unmasked_epochs", "tau_min", "tau_epochs", "lambda_warmup", "save_models", "print_every", "tensorboard"),
-    "images_every",
+    *("gclip", "skip_threshold", "max_bad_steps", "ema", "loss", "lambda_sparsity", "vgg_weights"),
+    *("gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma"),
+    *("unmasked_epochs", "revive_masks", "tau_min", "tau_epochs", "lambda_warmup", "save_models", "print_every"),
+    *("tensorboard", "images_every"),
 )
 TEST_ONLY_FLAGS = ("chop", "self_ensemble", "save_results", "save_masks", "metrics", "dir_demo")
 MODEL_FLAGS = (
@@ -204,11 +201,9 @@ def _scale_schedules(args):
     """Use the schedules of the template or the paper where none is given, in proportion to the length of the run."""
     schedules = SCHEDULES.get(args.template, PAPER_SCHEDULES)
     share = args.epochs / schedules["epochs"]
-    if args.unmasked_epochs is None:
-        args.unmasked_epochs = round(schedules["unmasked_epochs"] * share)
     if args.decay is None:
         args.decay = sorted({max(1, round(epoch * share)) for epoch in schedules["decay"]})
-    share = (args.epochs - args.unmasked_epochs) / (schedules["epochs"] - schedules["unmasked_epochs"])
+    share = (args.epochs - args.unmasked_epochs) / schedules["epochs"]
     for key in ("tau_epochs", "lambda_warmup"):  # these begin with the masks
         if getattr(args, key) is None:
             setattr(args, key, max(1, round(schedules[key] * share)))
@@ -386,12 +381,6 @@ def _add_loss_options(group):
         help="weighted sum, e.g. 1*L1+0.1*VGG54; L1 MSE VGG22 VGG54 GAN WGAN ...",
     )
     group.add_argument("--lambda_sparsity", type=non_negative_float, default=0.1, help="weight of the sparsity loss")
-    group.add_argument(
-        "--sparsity_target",
-        type=share,
-        default=0.0,
-        help="active share to which the sparsity loss draws each module; 0, the paper's loss, draws them down",
-    )
     group.add_argument("--vgg_weights", metavar="FILE", help="file with torchvision's VGG19 weights")
     group.add_argument(
         "--gan_k", type=at_most(100), default=1, help="discriminator steps per batch, or part of a batch"
@@ -415,8 +404,13 @@ def _add_optimizer_options(group):
     group.add_argument(
         "--unmasked_epochs",
         type=count,
-        help="train the first N epochs without masks, which is faster; tau and lambda begin after them; 0, or half of "
-        "the epochs with --template short",
+        default=0,
+        help="train the first N epochs without masks, which is faster; tau and lambda begin after them",
+    )
+    group.add_argument(
+        "--revive_masks",
+        action="store_true",
+        help="masks of --pre_train that are empty or full on every validation image start as that of another module",
     )
     group.add_argument(
         "--gamma", type=at_most(1, positive_float), default=0.5, help="factor of each learning-rate decay"
@@ -534,6 +528,7 @@ def _check_run(args):
         ("template", "--load brings its own options"),
         ("reset", "--load resumes a run"),
         ("pre_train", "--load brings its own weights"),
+        ("revive_masks", "--load brings its own weights"),
     ):
         if args.load and getattr(args, flag) and not (flag == "reset" and args.test_only):
             raise InputError(f"--{flag}: {reason}; use only one of them")
@@ -544,6 +539,10 @@ def _check_training(args):
         raise InputError("--deterministic: VGG losses have no such gradient on a GPU; leave one out")
     if args.unmasked_epochs and args.model == "EDSR":
         raise InputError(f"--unmasked_epochs {args.unmasked_epochs}: EDSR has no masks; leave it out")
+    if args.revive_masks and args.model == "EDSR":
+        raise InputError("--revive_masks: EDSR has no masks; leave it out")
+    if args.revive_masks and not args.pre_train:
+        raise InputError("--revive_masks: only weights have masks to revive; add --pre_train FILE")
     if args.tau_min > 1:
         raise InputError(f"--tau_min {args.tau_min}: the temperature starts at 1; use at most 1")
     if args.split_batch > args.batch_size:

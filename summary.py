@@ -55,9 +55,8 @@ CURVES = {
 EMPTY, FULL = 0.01, 0.99  # a mask whose density lies below or above does not select pixels
 PATIENCE = 2  # epochs; in a single one a mask may be empty or full by chance
 ADVICE = {
-    "empty": "restart from weights of an earlier epoch with a sparsity_target, a lower lambda_sparsity or a longer "
-    "lambda_warmup, because they rarely recover",
-    "full": "raise lambda_sparsity or set a sparsity_target, because they save nothing",
+    "empty": "start another run from these weights with revive_masks, because they rarely recover",
+    "full": "raise lambda_sparsity, because they save nothing",
 }
 
 
@@ -128,6 +127,11 @@ class RunningMeans:
         self.names, self.skipped = state["names"], state["bad"].to(self.skipped.device)
         self.sums = None if state["sums"] is None else state["sums"].to(self.skipped.device)
         self._reported = int(self.skipped[0])
+
+
+def find_collapsed(densities: np.ndarray) -> np.ndarray:
+    """Which of K masks do not select pixels on any of N images, bool (K,). densities: (N, K) in 0...1"""
+    return (densities < EMPTY).all(0) | (densities > FULL).all(0)
 
 
 class MaskMonitor:

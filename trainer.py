@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,20 @@ from data.device import DeviceLoader
 from data.srdata import PatchLoader, WholeImages
 from evaluation import evaluate, headline, mask_densities
 from model.inference import build_predictor
+from model.network import Network
 from program import InputError
 from recovery import report_failures, resume_hint, stop_on_interrupt
-from summary import MaskMonitor, Row, RunningMeans, TensorBoard, comparable, mask_histogram, write_curves, write_history
+from summary import (
+    MaskMonitor,
+    Row,
+    RunningMeans,
+    TensorBoard,
+    comparable,
+    find_collapsed,
+    mask_histogram,
+    write_curves,
+    write_history,
+)
 from training_step import TrainingStep
 from utility import logger, peak_memory, progress_bar, synchronize
 
@@ -70,6 +82,27 @@ class Schedules:
     def has_masks(self, epoch: int) -> bool:
         """Whether an epoch trains with masks."""
         return epoch > self.unmasked_epochs
+
+
+# ---- masks that have collapsed ---------------------------------------------------------------------------------------
+
+
+def revive_masks(model: Network, test_sets: Sequence[WholeImages], origin: str | Path) -> None:
+    """Give each module whose mask is empty, or full, on every image the mask of the nearest module without this fault.
+
+    The features that modules add to are the same, so a mask of one selects similar pixels in another. Logs what was
+    done. Raises InputError, naming the weights' file `origin`, if all masks have collapsed.
+    """
+    metrics = [evaluate(model, images, build_predictor(model), warm_up=False) for images in test_sets]
+    model.train()  # evaluating leaves the network in eval mode
+    collapsed = find_collapsed(np.concatenate([mask_densities(of_set) for of_set in metrics]))
+    alive = np.flatnonzero(~collapsed)
+    if not alive.size:
+        raise InputError(f"{origin}: all masks are empty or full; leave --revive_masks out, or use other weights")
+    for target in np.flatnonzero(collapsed):
+        source = alive[np.abs(alive - target).argmin()]
+        model.copy_mask(int(source), int(target))
+        logger.info(f"--revive_masks: module {target + 1} starts with the mask of module {source + 1}")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

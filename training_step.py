@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 import distributed
 import schema
 from loss import Loss
-from loss.sparsity import active_shares, sparsity_loss
+from loss.sparsity import active_shares
 from model.engines.graphs import StepGraph
 from model.network import Network
 from program import InputError
@@ -62,7 +62,6 @@ class StepSettings:
     precision: torch.dtype = torch.float32  # of the convolutions; weights, losses and updates are float32
     compile: bool = False  # compile forward and backward, and on a GPU replay the step as one CUDA graph
     ema: float = 0.0  # decay of a moving average of the weights; 0: off
-    sparsity_target: float = 0.0  # active share to which the sparsity loss draws each module
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ class TrainingStep:
                 densities = [m.float().mean() for m, _ in masks]
                 active = active_shares(densities, [c for _, c in masks]) if masks else loss.new_ones(1)
                 if masks:
-                    loss = loss + lambda_ * sparsity_loss(active, self.settings.sparsity_target)
+                    loss = loss + lambda_ * active.mean()
                 values = values + torch.stack([loss, *losses.values(), *active, *densities]).detach() * share
                 loss = loss * share
                 if is_last:  # a gradient of NaN makes the optimizer skip the step; a loss of NaN is not accepted

@@ -6,7 +6,7 @@ import torch
 
 
 def active_shares(densities: Iterable[torch.Tensor], channel_masks: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The share of the work of the sparse convolutions that is done, per block.
+    """The share of the work of the sparse convolutions that is done, per block. Their mean is the sparsity loss.
 
     The share is the mean of m (1 - c) + c over layers, channels and pixels. Since m does not depend on the channel
     and c does not depend on the pixel, the mean factorizes and no tensor of that size is built.
@@ -20,11 +20,3 @@ def active_shares(densities: Iterable[torch.Tensor], channel_masks: Iterable[tor
     """
     pairs = zip(densities, channel_masks, strict=True)
     return torch.stack([density * (1 - c.mean()) + c.mean() for density, c in pairs])
-
-
-def sparsity_loss(active: torch.Tensor, target: float = 0.0) -> torch.Tensor:
-    """The mean of the active shares (K,), (): the paper's loss. With a target, the mean of their distances from it.
-
-    Then no module becomes empty or full.
-    """
-    return (active - target).abs().mean()

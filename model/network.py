@@ -101,7 +101,7 @@ class Network(nn.Module):
 
     A subclass defines `peak_maps`, `forward(x)`, `training_forward(x, tau)` -> (SR, [(m, c), ...]), where no tau means
     no masks, `inference(x, mode, tile)` -> (SR, Cost), and the static methods `hyperparameters(state_dict)` and
-    `translate(state_dict)`. A network with masks also defines `open_masks()` and `mask_parameters()`.
+    `translate(state_dict)`. A network with masks also defines `copy_mask()` and `mask_parameters()`.
 
     Args:
         scale: upscaling factor
@@ -129,8 +129,9 @@ class Network(nn.Module):
         """
         return read_hub_folder(cls, source)
 
-    def open_masks(self) -> None:
-        """Make every pixel important: called before training without masks. Does nothing in networks without masks."""
+    def copy_mask(self, source: int, target: int) -> None:
+        """Give a module the spatial mask of another one. Modules count from 0."""
+        raise NotImplementedError("this network has no masks")
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """The parameters that only training with masks changes."""

@@ -22,7 +22,6 @@ from model.snapshot import Snapshot
 
 SPARSE, IMPORTANT = 0, 1  # index into the two spatial logits of a pixel
 DENSE = 0  # index into the two channel logits of a channel
-OPEN = 1.5  # the logit of importance where masks begin open; much larger ones would hardly react
 
 Masks = tuple[torch.Tensor, torch.Tensor]  # of a module: m (N, 1, H, W) and c (1, C, L)
 
@@ -116,18 +115,6 @@ class SMM(nn.Module):
         """
         one = 1 + 0 * sum(parameter.sum() for parameter in self.mask_parameters())
         return one.expand(len(x), 1, *x.shape[2:]), one.expand(self.channel_logits.shape[:3])
-
-    @torch.no_grad()
-    def open_masks(self) -> None:
-        """Make every pixel important, whatever the features: m is about 0.77 with the noise of tau = 1.
-
-        The branch starts anew: that of a mask which has collapsed hardly reacts to the features any more.
-        """
-        self.spatial_mask.full.reset_parameters()
-        self.spatial_mask.pooled.reset_parameters()
-        logits = self.spatial_mask.logits
-        logits.weight.zero_()
-        logits.bias[SPARSE], logits.bias[IMPORTANT] = 0, OPEN
 
     def hard_spatial_mask(self, x: torch.Tensor) -> torch.Tensor:
         """The spatial mask of inference, bool (N, 1, H, W): the larger logit of each pixel, without noise."""
@@ -255,9 +242,8 @@ class SMSR(Network):
         """Compute everything, as if all masks were 1. Returns SR images."""
         return self._forward(x, SMM.unmasked_forward)
 
-    def open_masks(self) -> None:
-        for block in self.blocks:
-            block.open_masks()
+    def copy_mask(self, source: int, target: int) -> None:
+        self.blocks[target].spatial_mask.load_state_dict(self.blocks[source].spatial_mask.state_dict())
 
     def mask_parameters(self) -> list[nn.Parameter]:
         return [parameter for block in self.blocks for parameter in block.mask_parameters()]

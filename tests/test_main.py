@@ -26,7 +26,6 @@ from evaluation import compare
 from main import build_loader, main
 from model import EDSR, SMSR, load_model
 from model.inference import self_ensemble
-from model.smsr import OPEN
 from option import parse
 from picture import Picture, read_picture, to_colors
 from program import CLOSED_PIPE, InputError, run_program
@@ -241,12 +240,12 @@ def test_resuming_from_the_command_line_is_exact(folder):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_a_run_that_begins_without_masks(folder, capsys):
+def test_a_run_that_begins_without_masks(folder):
     line = f"{TRAIN} --pre_train weights.pt --unmasked_epochs 1 --save_models"
     run(f"{line} --epochs 1")
-    assert "--pre_train weights.pt: its spatial masks are opened again" in capsys.readouterr().out
     without_masks = load("experiment/run/model/model_1.pt")
-    assert torch.equal(without_masks["blocks.0.spatial_mask.5.bias"], torch.tensor([0.0, OPEN]))
+    name = "blocks.0.spatial_mask.5.bias"
+    assert torch.equal(without_masks[name], load("weights.pt")[name])
     assert mistake("--load run --epochs 3 --unmasked_epochs 2").startswith("--unmasked_epochs 2: the run has 1; ")
     run("--load run --epochs 3")
     with_masks = load("experiment/run/model/model_2.pt")
@@ -254,6 +253,33 @@ def test_a_run_that_begins_without_masks(folder, capsys):
     with open("experiment/run/log.csv") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["active"]) == 1 for row in rows] == [True, False, False]
+
+
+def collapse_masks(path, modules):
+    """Let some modules of a weights file find no pixel important."""
+    weights = load(path)
+    for module in modules:
+        weights[f"blocks.{module}.spatial_mask.5.weight"].zero_()
+        weights[f"blocks.{module}.spatial_mask.5.bias"] = torch.tensor([1.0, 0.0])
+    torch.save(weights, path)
+
+
+def test_masks_that_have_collapsed_are_revived(folder, capsys):
+    collapse_masks("weights.pt", [1])
+    run(f"{TRAIN} --pre_train weights.pt --revive_masks --epochs 1 --unmasked_epochs 1")
+    assert "--revive_masks: module 2 starts with the mask of module 1\n" in capsys.readouterr().out
+    weights = load("experiment/run/model/model_latest.pt")
+    for name in ("0.weight", "3.bias", "5.weight"):
+        first, second = (weights[f"blocks.{k}.spatial_mask.{name}"] for k in (0, 1))
+        assert torch.equal(first, second)
+    assert read_options("run")["changed"]["revive_masks"]
+    assert mistake("--load run --revive_masks").startswith("--revive_masks: --load brings its own weights; ")
+    assert (
+        mistake(f"{TRAIN} --revive_masks") == "--revive_masks: only weights have masks to revive; add --pre_train FILE"
+    )
+    collapse_masks("weights.pt", [0, 1])
+    line = mistake(f"{TRAIN} --save other --pre_train weights.pt --revive_masks")
+    assert line.startswith("weights.pt: all masks are empty or full; ")
 
 
 def test_a_test_writes_images_metrics_and_a_table(folder, capsys):

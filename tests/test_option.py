@@ -7,6 +7,7 @@ import pytest
 from option import (
     MODEL_FLAGS,
     NOT_RESUMED,
+    RECORDED,
     TEMPLATES,
     TRAINING_FLAGS,
     build_parser,
@@ -80,7 +81,7 @@ def test_stored_options_are_what_was_written(line):
     written = vars(parse(line.split()))
     stored = check_stored(json.loads(json.dumps(written)) | {"of another version": [1]})
     assert stored == {key: written[key] for key in stored}
-    assert written.keys() - stored.keys() == NOT_RESUMED - {"pre_train", "template"}
+    assert written.keys() - stored.keys() == NOT_RESUMED - set(RECORDED)
 
 
 @pytest.mark.parametrize(
@@ -232,9 +233,9 @@ def test_schedules_that_are_not_given_are_proportional_to_the_epochs():
     args = parse(["--epochs", "100", "--unmasked_epochs", "60"])
     assert (args.decay, args.tau_epochs, args.lambda_warmup) == ([20], 20, 2)
     args = parse(["--template", "short", "--epochs", "120"])
-    assert (args.unmasked_epochs, args.decay, args.tau_epochs, args.lambda_warmup) == (60, [80, 96, 110], 32, 4)
+    assert (args.unmasked_epochs, args.decay, args.tau_epochs, args.lambda_warmup) == (0, [80, 96, 110], 100, 6)
     args = parse(["--template", "short", "--epochs", "2"])
-    assert (args.unmasked_epochs, args.decay, args.tau_epochs, args.lambda_warmup) == (1, [1, 2], 1, 1)
+    assert (args.unmasked_epochs, args.decay, args.tau_epochs, args.lambda_warmup) == (0, [1, 2], 2, 1)
     assert parse(["--load", "a", "--epochs", "2000"], vars(parse([]))).decay == [200]
 
 

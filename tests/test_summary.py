@@ -190,7 +190,7 @@ def test_masks_that_stay_empty_are_reported_once(caplog):
     assert line.startswith(
         "epoch 3: the masks of these modules have been empty on every validation image for 2 epochs: 1, 3; "
     )
-    assert "a sparsity_target, a lower lambda_sparsity or a longer lambda_warmup" in line
+    assert "start another run from these weights with revive_masks" in line
     assert line.endswith("(docs/training.md)")
 
 

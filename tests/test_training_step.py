@@ -705,17 +705,3 @@ def test_batches_of_another_size_run_without_the_graph(graphed):
             take(step, *random_batch(n_images=2 if index == 5 else 4, seed=index), noise_seed=index)
         states.append(step.state())
     assert_identical(states[1]["model"], states[0]["model"])
-
-
-def test_modules_are_drawn_to_the_sparsity_target():
-    batch = random_batch()
-
-    def active(target):
-        step = build_step(sparsity_target=target, optimizer=OptimizerSettings(lr=1e-2))
-        results = [take(step, *batch, lambda_=1000, noise_seed=seed) for seed in range(80)]
-        first = results[-1].names.index("active_1")
-        values = torch.stack([result.values for result in results[-20:]])
-        return values.mean(0)[first : first + N_MODULES].tolist()
-
-    for target in (0.3, 0.8):
-        assert active(target) == pytest.approx([target] * N_MODULES, abs=0.1)
