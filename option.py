@@ -188,7 +188,7 @@ def flag_value(name: str, value: Any) -> str:
 
 
 def _check_same_run(args, stored):
-    """Raise InputError if a resumed run would get another network, or masks that are opened again or not at all."""
+    """Raise InputError if a resumed run would get another network, or other epochs without masks."""
     if stored:
         stored = {"unmasked_epochs": 0} | stored  # version 0.1.0 had none
     for key in (*MODEL_FLAGS, "unmasked_epochs"):
