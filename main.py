@@ -91,18 +91,19 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
     model = model.to(device, memory_format=torch.channels_last)
     check_memory(args, model)
     trainer = build_trainer(args, model, experiment, deadline)
-    if args.revive_masks and state is None:
-        revive_masks(model, trainer.test_sets, args.pre_train)
     if state:
         trainer.load_state(state)
     if args.dry_run:
         for line in dry_run(trainer, args.epochs):
             logger.info(line)
         return 0
+    revived = revive_masks(model, trainer.test_sets, args.pre_train) if args.revive_masks and not state else None
     if distributed.is_main_process() and not state:
         with experiment.lock():
             experiment.create(args.reset)
-    finished = fit_and_log(args, stored, trainer) if distributed.is_main_process() else trainer.fit(args.epochs)
+    finished = (
+        fit_and_log(args, stored, trainer, revived) if distributed.is_main_process() else trainer.fit(args.epochs)
+    )
     # Stopping at the time limit is a success: torchrun and batch systems report anything else as a failure.
     return 0 if distributed.any_rank(finished or time.monotonic() > deadline) else INTERRUPTED
 
@@ -186,8 +187,11 @@ def build_loader(args: argparse.Namespace, device: torch.device) -> PatchLoader 
         )
 
 
-def fit_and_log(args: argparse.Namespace, stored: dict[str, Any], trainer: Trainer) -> bool:
-    """Train in the main process, which writes the log, options.json and TensorBoard; returns whether it finished."""
+def fit_and_log(args: argparse.Namespace, stored: dict[str, Any], trainer: Trainer, revived: str | None = None) -> bool:
+    """Train in the main process, which writes the log, options.json and TensorBoard; returns whether it finished.
+
+    revived: what --revive_masks has done
+    """
     experiment, model = trainer.experiment, trainer.model
     with experiment.lock(), report_failures(experiment), experiment.log_file():
         if args.tensorboard:
@@ -200,6 +204,8 @@ def fit_and_log(args: argparse.Namespace, stored: dict[str, Any], trainer: Train
         if stored and (names := option.missing(stored)):
             values = ", ".join(f"{name} {getattr(args, name)}" for name in names)
             logger.info(f"{experiment.options_path}: lacks options of this version, or was edited; using {values}")
+        if revived:
+            logger.info(f"--revive_masks: {revived}")
         if args.compile:
             logger.info("--compile: the first steps compile the network, which takes a minute or more")
         for change in option.changes(args, stored):

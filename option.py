@@ -228,7 +228,8 @@ def changes(args: argparse.Namespace, stored: dict[str, Any]) -> list[str]:
 
 def missing(stored: dict[str, Any]) -> list[str]:
     """The options of a training that the run that is resumed does not have: it was edited, or of another version."""
-    return [name for name in (*TRAINING_FLAGS, *MODEL_FLAGS, "seed", "precision") if name not in stored]
+    names = (*TRAINING_FLAGS, *MODEL_FLAGS, "seed", "precision")
+    return [name for name in names if name not in stored and name not in NOT_RESUMED]
 
 
 def ignored_in_tests(argv: Sequence[str] | None = None) -> list[str]:

@@ -55,17 +55,18 @@ CURVES = {
 EMPTY, FULL = 0.01, 0.99  # a mask whose density lies below or above does not select pixels
 PATIENCE = 2  # epochs; in a single one a mask may be empty or full by chance
 ADVICE = {
-    "empty": "start another run from these weights with revive_masks, because they rarely recover",
+    "empty": "start another run from the weights of this one with revive_masks, because empty masks rarely recover",
     "full": "raise lambda_sparsity, because they save nothing",
 }
 
 
 def comparable(history: Sequence[Row]) -> list[Row]:
-    """The epochs that rival the last one: with a smaller lambda PSNR is higher, but masks save less."""
+    """The epochs that rival the last one: with a smaller lambda, or without masks, PSNR is higher but less is saved."""
 
-    def pressure(row: Row) -> float | None:
-        has_masks = math.isfinite(row.get("density_1", math.nan)) and math.isfinite(row.get("lambda", math.nan))
-        return row["lambda"] if has_masks else None
+    def pressure(row: Row) -> tuple[float, bool] | None:
+        has_masks = any(column.startswith(("density_1", "mask_")) for column in row)  # version 0.1.0 had only mask_...
+        trained_without = row.get("active") == 1
+        return (row["lambda"], trained_without) if has_masks and math.isfinite(row.get("lambda", math.nan)) else None
 
     return [row for row in history if pressure(row) == pressure(history[-1])]
 

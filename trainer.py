@@ -87,22 +87,25 @@ class Schedules:
 # ---- masks that have collapsed ---------------------------------------------------------------------------------------
 
 
-def revive_masks(model: Network, test_sets: Sequence[WholeImages], origin: str | Path) -> None:
+def revive_masks(model: Network, test_sets: Sequence[WholeImages], origin: str | Path) -> str:
     """Give each module whose mask is empty, or full, on every image the mask of the nearest module without this fault.
 
-    The features that modules add to are the same, so a mask of one selects similar pixels in another. Logs what was
-    done. Raises InputError, naming the weights' file `origin`, if all masks have collapsed.
+    The features that modules add to are the same, so a mask of one selects similar pixels in another. Of two modules
+    that are equally near, the former is taken. Returns what was done, in words. Raises InputError, naming the weights'
+    file `origin`, if all masks have collapsed.
     """
     metrics = [evaluate(model, images, build_predictor(model), warm_up=False) for images in test_sets]
     model.train()  # evaluating leaves the network in eval mode
     collapsed = find_collapsed(np.concatenate([mask_densities(of_set) for of_set in metrics]))
     alive = np.flatnonzero(~collapsed)
     if not alive.size:
-        raise InputError(f"{origin}: all masks are empty or full; leave --revive_masks out, or use other weights")
+        raise InputError(f"{origin}: all masks are empty or full; use other weights", argument="revive_masks")
+    copies = []
     for target in np.flatnonzero(collapsed):
         source = alive[np.abs(alive - target).argmin()]
         model.copy_mask(int(source), int(target))
-        logger.info(f"--revive_masks: module {target + 1} starts with the mask of module {source + 1}")
+        copies.append(f"module {target + 1} starts with the mask of module {source + 1}")
+    return "; ".join(copies) or "no mask is empty or full on every image"
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -369,7 +372,6 @@ class Trainer:
     def _is_best(self, suffix):
         """Whether the last epoch is the best so far."""
         *rivals, last = comparable(self.history)
-        rivals = [row for row in rivals if self.schedules.has_masks(row["epoch"]) == self._has_masks]
         name = next(key for key in last if key.startswith("psnr")) + suffix
         return all(last[name] > row[name] for row in rivals if not math.isnan(row.get(name, math.nan)))
 

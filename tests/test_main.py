@@ -268,6 +268,7 @@ def test_masks_that_have_collapsed_are_revived(folder, capsys):
     collapse_masks("weights.pt", [1])
     run(f"{TRAIN} --pre_train weights.pt --revive_masks --epochs 1 --unmasked_epochs 1")
     assert "--revive_masks: module 2 starts with the mask of module 1\n" in capsys.readouterr().out
+    assert "--revive_masks: module 2 starts" in Path("experiment/run/log.txt").read_text()
     weights = load("experiment/run/model/model_latest.pt")
     for name in ("0.weight", "3.bias", "5.weight"):
         first, second = (weights[f"blocks.{k}.spatial_mask.{name}"] for k in (0, 1))
@@ -279,7 +280,7 @@ def test_masks_that_have_collapsed_are_revived(folder, capsys):
     )
     collapse_masks("weights.pt", [0, 1])
     line = mistake(f"{TRAIN} --save other --pre_train weights.pt --revive_masks")
-    assert line.startswith("weights.pt: all masks are empty or full; ")
+    assert line.startswith("--revive_masks: weights.pt: all masks are empty or full; ")
 
 
 def test_a_test_writes_images_metrics_and_a_table(folder, capsys):

@@ -18,6 +18,7 @@ from summary import (
     check_tensorboard,
     comparable,
     draw_panels,
+    find_collapsed,
     find_curves,
     mask_histogram,
     read_history,
@@ -190,7 +191,7 @@ def test_masks_that_stay_empty_are_reported_once(caplog):
     assert line.startswith(
         "epoch 3: the masks of these modules have been empty on every validation image for 2 epochs: 1, 3; "
     )
-    assert "start another run from these weights with revive_masks" in line
+    assert "start another run from the weights of this one with revive_masks" in line
     assert line.endswith("(docs/training.md)")
 
 
@@ -332,6 +333,16 @@ def test_epochs_rival_each_other_with_the_same_pressure_on_their_masks():
     history = [{"epoch": k, "lambda": value, "density_1": 0.5} for k, value in enumerate([0.0, 0.0, 0.1, 0.1])]
     assert comparable(history) == history[2:]
     assert comparable(history[:2]) == history[:2]
+    history = [{"lambda": 0.0, "density_1": 1.0, "active": 1.0}, {"lambda": 0.0, "density_1": 0.9, "active": 0.9}]
+    assert comparable(history) == history[1:]  # the first epoch was without masks
+    of_version_0_1_0 = [{"lambda": 0.1, "mask_0.0": 0.5, "active": 0.5}]
+    now = [{"lambda": 0.1, "density_1": math.nan, "active": math.nan}]  # all steps were skipped
+    assert comparable(of_version_0_1_0 + now) == of_version_0_1_0 + now
     without_masks = [{"epoch": k, "lambda": k / 10} for k in range(3)]
     assert comparable(without_masks) == without_masks
     assert len(comparable([{"epoch": 1, "density_1": 0.5, "lambda": math.nan}])) == 1  # an edited log
+
+
+def test_masks_that_select_pixels_on_one_image_have_not_collapsed():
+    densities = np.array([[0.0, 1.0, 0.0, 0.5], [0.0, 1.0, 0.2, 0.5]])
+    assert find_collapsed(densities).tolist() == [True, True, False, False]

@@ -47,9 +47,14 @@ def pick_tile(largest: int, pixels: int) -> int:
     return tile
 
 
-def count_tiles(height: int, width: int, pixels: int, columns: int) -> int:
-    """The tiles of so many pixels in so many columns that cover a map."""
-    return triton.cdiv(height, pixels // columns) * triton.cdiv(width, columns)
+def count_tiles(height: int, width: int, tile: int, columns: int) -> int:
+    """How many tiles of `tile` pixels in `columns` columns cover a map."""
+    return triton.cdiv(height, tile // columns) * triton.cdiv(width, columns)
+
+
+def layer_warps(channels: int, tile: int, is_last: bool) -> int:
+    """Warps of `important_layer`. In the last layer, which also collects, a large tile needs more registers."""
+    return 8 if channels > 64 or (is_last and tile > 64) else 4
 
 
 def to_windows(weight: torch.Tensor, channels: int, outputs: int) -> torch.Tensor:
@@ -218,7 +223,8 @@ class FusedPlan:
     def compile(self, x: torch.Tensor) -> None:
         """Compile the kernels for such images in several threads; one after the other would take several seconds."""
         run = _Run(self, x, _compile)
-        with ThreadPoolExecutor(usable_processors()) as pool, triton.AsyncCompileMode(pool):
+        # Not with its own errors, after which it stays active; launching the kernel raises them again.
+        with ThreadPoolExecutor(usable_processors()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
             self._forward(run)
         self._compiled.add(run.variant)
 
@@ -227,9 +233,9 @@ class FusedPlan:
         n, n_colors, height, width = x.shape
         n_blocks, n_layers = len(self.blocks), len(self.blocks[0].layers)
         zeros = x.new_zeros(n_blocks * n * ((n_layers + 1) * self.channels + 1) + 1, dtype=torch.int64)
-        not_finite, finished, sums = zeros.split([1, n_blocks * n, n_blocks * n * (n_layers + 1) * self.channels])
-        not_finite, finished = not_finite.view(torch.int32)[:1], finished.view(n_blocks, n)
-        sums = sums.view(n_blocks, n, n_layers + 1, -1)
+        sums, finished, not_finite = zeros.split([n_blocks * n * (n_layers + 1) * self.channels, n_blocks * n, 1])
+        sums, finished = sums.view(n_blocks, n, n_layers + 1, -1), finished.view(n_blocks, n)
+        not_finite = not_finite.view(torch.int32)[:1]
         factors = x.new_empty(n_blocks, n, self.channels, dtype=torch.float32)
         total = x.new_empty(n_blocks, n, dtype=torch.int32)
         masks = x.new_empty(n_blocks, n, run.height, run.width, dtype=torch.uint8)
@@ -351,7 +357,8 @@ class _Run:
         self.pooled_grid = (pooled_tiles, self.n)
         exact = x.dtype == torch.float32 and x.is_cuda and not torch.backends.cudnn.allow_tf32
         self.dot = "ieee" if exact else "tf32"
-        self.variant = (x.dtype, self.dot, self.tile, self.pooled_tile)  # what kernels are compiled for
+        is_long = self.n * self.pixels * plan.channels > MAX_NUMBERS  # maps: their distance has 64 bits
+        self.variant = (x.dtype, self.dot, self.tile, self.pooled_tile, is_long)  # what kernels are compiled for
         self.order, self.bits = (x.new_empty(self.n, self.pixels, dtype=torch.int32) for _ in range(2))
 
     def new_map(self) -> torch.Tensor:
@@ -534,7 +541,7 @@ class _Run:
             LAST=is_last,
             DENSE=block.dense_code if is_last else 0,
             DOT=self.dot,
-            num_warps=8 if is_last and self.tile > 64 else plan.options["num_warps"],  # collecting needs registers
+            num_warps=layer_warps(plan.channels, self.tile, is_last),
         )
 
     def attend(self, block, f, maps, mask, y, factor, out):

@@ -2,8 +2,8 @@
 
 Feature maps are (P, C) per image: one row per pixel, channels padded with zeros to C, a power of two of at least 16.
 In the map of a layer, dense channels come first. The row of an unimportant pixel is valid only in its dense channels,
-padded to a power of two: a load asks for "important, or a dense channel" and gets zeros elsewhere. Every kernel runs on
-a grid (tiles, images). Names in capitals are compile-time constants.
+padded to a power of two: a load asks for "important, or a dense channel" and gets zeros elsewhere. Kernels run on a
+grid (tiles, images), `reduce` on all images at once. Names in capitals are compile-time constants.
 
     H, W      height and width of the features, even; the image may be one row or column smaller
     PH, PW    height and width of the pooled map, half as high and wide
@@ -21,7 +21,7 @@ kernel = triton.jit(
         *("H", "W", "PH", "PW", "P", "height", "width", "stride", "sums_stride"),
         *("sn", "sc", "sh", "sw"),
     ],
-    do_not_specialize_on_alignment=["x", "total", "mask", "counts", "finished"],
+    do_not_specialize_on_alignment=["x", "total", "mask", "counts", "finished", "not_finite"],
 )
 
 SUM_SCALE = tl.constexpr(2.0**20)  # of sums that are kept as integers
@@ -404,7 +404,7 @@ def important_layer(
     out       the map that this layer writes
     sums      (N, LAYERS + 1, C) int64, as in `_attention`; the LAST layer adds its result
     factor    (N, C) float32, the attention
-    finished  (N,) int64, of programs; at first 0
+    finished  (N,) int64, number of programs that have finished, initially 0
     DENSE     dense channels of each layer, padded, 8 bits per layer
     """
     n = tl.program_id(1).to(tl.int64)
@@ -591,7 +591,7 @@ def reconstruct(
 
     Upsampling is a 5x5 convolution of the image before the shuffle.
 
-    bicubic (2, TAPS, K): what two numbers of this type give of its weights, TAPS: 25 COLORS, padded
+    bicubic (2, TAPS, K): its weights, each as a sum of two numbers; TAPS: 25 COLORS, padded
     sr      (N, COLORS, SCALE height, SCALE width)
     """
     n = tl.program_id(1).to(tl.int64)

@@ -11,6 +11,14 @@ from tools.benchmarks.gpu import check_all, check_results, check_training, measu
 from training_step import TrainingStep
 
 
+@pytest.fixture(autouse=True)
+def restore_settings():
+    """What the checks change in their own processes."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.allow_tf32 = True
+
+
 @pytest.fixture
 def model():
     return SMSR(2, n_feats=16, n_blocks=1, n_layers=2).eval()
