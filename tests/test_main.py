@@ -355,10 +355,9 @@ def test_tiles_and_modes_give_the_same_image(folder, model):
     for flags in ("", "--chop --chop_size 150", "--inference dense", "--inference auto --chop --chop_size 1"):
         run(f"{demo} --save check --reset {flags}")
         images.append(read_sr("check", "own", "results-demo-x2").astype(int))
-    assert np.array_equal(images[0], images[1])
-    assert np.array_equal(images[0], images[3])
-    assert np.abs(images[0] - images[2]).max() <= 1
-    assert (images[0] != images[2]).mean() < 1e-3
+    for image, share in zip(images[1:], (1e-5, 1e-3, 1e-5), strict=True):
+        assert np.abs(images[0] - image).max() <= 1  # sums are rounded in another order
+        assert (images[0] != image).mean() < share
 
 
 def limit_memory():
