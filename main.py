@@ -98,12 +98,11 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
             logger.info(line)
         return 0
     revived = revive_masks(model, trainer.test_sets, args.pre_train) if args.revive_masks and not state else None
-    if distributed.is_main_process() and not state:
+    is_main = distributed.is_main_process()
+    if is_main and not state:
         with experiment.lock():
             experiment.create(args.reset)
-    finished = (
-        fit_and_log(args, stored, trainer, revived) if distributed.is_main_process() else trainer.fit(args.epochs)
-    )
+    finished = fit_and_log(args, stored, trainer, revived) if is_main else trainer.fit(args.epochs)
     # Stopping at the time limit is a success: torchrun and batch systems report anything else as a failure.
     return 0 if distributed.any_rank(finished or time.monotonic() > deadline) else INTERRUPTED
 

@@ -411,7 +411,7 @@ def _add_optimizer_options(group):
     group.add_argument(
         "--revive_masks",
         action="store_true",
-        help="masks of --pre_train that are empty or full on every validation image start as that of another module",
+        help="replace masks of --pre_train that are empty or full on every validation image with another module's mask",
     )
     group.add_argument(
         "--gamma", type=at_most(1, positive_float), default=0.5, help="factor of each learning-rate decay"

@@ -130,9 +130,15 @@ class RunningMeans:
         self._reported = int(self.skipped[0])
 
 
+def _empty_and_full(densities):
+    """Which of K masks are empty, and which full, on each of N images: bool (K,) each. densities: (N, K)"""
+    return (densities < EMPTY).all(0), (densities > FULL).all(0)
+
+
 def find_collapsed(densities: np.ndarray) -> np.ndarray:
     """Which of K masks do not select pixels on any of N images, bool (K,). densities: (N, K) in 0...1"""
-    return (densities < EMPTY).all(0) | (densities > FULL).all(0)
+    empty, full = _empty_and_full(densities)
+    return empty | full
 
 
 class MaskMonitor:
@@ -152,7 +158,8 @@ class MaskMonitor:
             densities: of K masks on N images, (N, K) in 0...1
             may_be_full: while the sparsity loss does not have its full weight
         """
-        collapsed = {"empty": (densities < EMPTY).all(0), "full": (densities > FULL).all(0) & (not may_be_full)}
+        empty, full = _empty_and_full(densities)
+        collapsed = {"empty": empty, "full": full & (not may_be_full)}
         for state, is_collapsed in collapsed.items():
             before = self.epochs.get(state, {})
             self.epochs[state] = {k: before.get(k, 0) + 1 for k in map(str, np.flatnonzero(is_collapsed) + 1)}

@@ -28,7 +28,7 @@ from utility import logger
 
 MAX_FEATS = 128  # a tile holds all channels of its pixels in registers
 MAX_NUMBERS = 2**31 - 1  # in a map of one image: kernels count them in 32 bits
-# (channels, bytes of a number): pixels per tile, stages. So registers suffice, and 100 KB of shared memory.
+# (channels, bytes of a number): pixels per tile, stages; chosen to fit the registers and 100 KB of shared memory
 TILES = {(64, 2): (128, 3), (64, 4): (64, 2), (128, 2): (32, 3), (128, 4): (32, 1)}
 MIN_TILES, SMALLEST_TILE = 256, 32  # about two tiles per processor of a large GPU, if the image is not too small
 REDUCE_TILE, ATTEND_TILE = 64, 64  # pixels per tile, at most, of kernels that mostly wait for memory
@@ -232,8 +232,8 @@ class FusedPlan:
         x = run.x
         n, n_colors, height, width = x.shape
         n_blocks, n_layers = len(self.blocks), len(self.blocks[0].layers)
-        zeros = x.new_zeros(n_blocks * n * ((n_layers + 1) * self.channels + 1) + 1, dtype=torch.int64)
-        sums, finished, not_finite = zeros.split([n_blocks * n * (n_layers + 1) * self.channels, n_blocks * n, 1])
+        sizes = [n_blocks * n * (n_layers + 1) * self.channels, n_blocks * n, 1]
+        sums, finished, not_finite = x.new_zeros(sum(sizes), dtype=torch.int64).split(sizes)
         sums, finished = sums.view(n_blocks, n, n_layers + 1, -1), finished.view(n_blocks, n)
         not_finite = not_finite.view(torch.int32)[:1]
         factors = x.new_empty(n_blocks, n, self.channels, dtype=torch.float32)
@@ -476,9 +476,10 @@ class _Run:
                 self.important_layer, block, layer, source, maps, counters, y if is_last else out, factor, is_last
             )
             dense = functools.partial(self.dense_layer, layer, source, out, counters, index)
-            if is_last or not layer.d_out:  # the attention needs all sums
-                if layer.d_out:
-                    dense()
+            if not layer.d_out:
+                important()
+            elif is_last:  # the attention needs all sums
+                dense()
                 important()
             else:
                 run_both(dense, important)

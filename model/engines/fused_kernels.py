@@ -260,7 +260,7 @@ def kernel_map(mask, counts, order, bits, total, H, W, PH, PW, BM: tl.constexpr)
     """List the pixels, important ones from the front and others from the back, and look around each of them.
 
     Bits 0...8 of an entry of the list: this neighbor is important; bits 9...17: it lies inside the image. The tiles
-    are those of `mask_decide`, and every position follows from its counts, so the order is the same in every run.
+    are the same as in `mask_decide`, whose counts determine every position, so all runs list pixels in the same order.
     """
     n = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0)
@@ -350,7 +350,7 @@ def _attention(
     # Other programs have just added to the sums, in the second-level cache.
     mean = tl.load(sums + LAYERS * C + c, cache_modifier=".cg").to(tl.float32) / SUM_SCALE
     mean += others.to(tl.float32) * tl.load(bias + c).to(tl.float32)
-    for j in tl.static_range(LAYERS):  # the sum of a 1x1 convolution is that of the sums
+    for j in tl.static_range(LAYERS):  # summing and the 1x1 convolution can change places
         if (DENSE >> (8 * j)) & 255 > 0:
             i = tl.arange(0, (DENSE >> (8 * j)) & 255)
             inputs = tl.load(sums + j * C + i, cache_modifier=".cg").to(tl.float32) / SUM_SCALE

@@ -132,7 +132,7 @@ def check_results(
     """Compare an engine with the masked reference; "right" tells whether a result is within its tolerance.
 
     The reference is computed in float32. A rounded mask may differ in pixels on its edge, so a result in low precision
-    is right if its mean difference is at most 4 times that of the masked computation in the same precision, plus 0.005.
+    is right if its mean difference is at most 0.005 plus 4 times what the masked computation in this precision has.
     """
     height, width = size
     image = mirrored_photograph(2 * height, width, model.n_colors).reshape(2, height, width, model.n_colors)
