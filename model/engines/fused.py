@@ -540,7 +540,6 @@ class _Run:
             STAGES=self.stages,
             LAYERS=len(block.layers),
             LAST=is_last,
-            DENSE=block.dense_code if is_last else 0,
             DOT=self.dot,
             num_warps=layer_warps(plan.channels, self.tile, is_last),
         )

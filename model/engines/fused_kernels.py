@@ -338,24 +338,22 @@ def _attention(
     C: tl.constexpr,
     R: tl.constexpr,
     LAYERS: tl.constexpr,
-    DENSE: tl.constexpr,
 ):
     """Channel attention (C -> R -> C) of the collected map, from its mean: (C,). Its weights are float32.
 
-    The mean follows from sums (LAYERS + 1, C): of the dense outputs of each layer at the `others` of the P pixels, and
-    of what was collected at the important ones.
+    The mean follows from sums (LAYERS + 1, C): of the dense outputs of each layer at the `others` of the P pixels, zero
+    for sparse outputs, and of what was collected at the important ones.
     """
     c = tl.arange(0, C)
     r = tl.arange(0, R)
     # Other programs have just added to the sums, in the second-level cache.
     mean = tl.load(sums + LAYERS * C + c, cache_modifier=".cg").to(tl.float32) / SUM_SCALE
     mean += others.to(tl.float32) * tl.load(bias + c).to(tl.float32)
-    for j in tl.static_range(LAYERS):  # summing and the 1x1 convolution can change places
-        if (DENSE >> (8 * j)) & 255 > 0:
-            i = tl.arange(0, (DENSE >> (8 * j)) & 255)
-            inputs = tl.load(sums + j * C + i, cache_modifier=".cg").to(tl.float32) / SUM_SCALE
-            weights = tl.load(collect + (j * C + i[:, None]) * C + c[None, :]).to(tl.float32)
-            mean += tl.sum(inputs[:, None] * weights, 0)
+    i = tl.arange(0, C)
+    for j in range(LAYERS):  # summing and the 1x1 convolution can change places
+        inputs = tl.load(sums + j * C + i, cache_modifier=".cg").to(tl.float32) / SUM_SCALE
+        weights = tl.load(collect + (j * C + i[:, None]) * C + c[None, :]).to(tl.float32)
+        mean += tl.sum(inputs[:, None] * weights, 0)
     mean = mean / P
     h = tl.sum(tl.load(w1 + r[:, None] * C + c[None, :]) * mean[None, :], 1) + tl.load(b1 + r)
     h = tl.maximum(h, 0.0)
@@ -390,7 +388,6 @@ def important_layer(
     STAGES: tl.constexpr,
     LAYERS: tl.constexpr,
     LAST: tl.constexpr,
-    DENSE: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """A sparse mask convolution at the important pixels: all outputs from all inputs that are computed, and ReLU.
@@ -405,7 +402,6 @@ def important_layer(
     sums      (N, LAYERS + 1, C) int64, as in `_attention`; the LAST layer adds its result
     factor    (N, C) float32, the attention
     finished  (N,) int64, number of programs that have finished, initially 0
-    DENSE     dense channels of each layer, padded, 8 bits per layer
     """
     n = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0)
@@ -440,9 +436,7 @@ def important_layer(
             tl.debug_barrier()  # all threads have added
             if tl.atomic_add(finished + n, 1) == n_programs - 1:
                 others, pixels = H * W - count, H * W
-                attention = _attention(
-                    sums, others, collect, bias, w1, b1, w2, b2, pixels, C=C, R=R, LAYERS=LAYERS, DENSE=DENSE
-                )
+                attention = _attention(sums, others, collect, bias, w1, b1, w2, b2, pixels, C=C, R=R, LAYERS=LAYERS)
                 tl.store(factor + n * C + c, attention)
         else:
             tl.store(out + at, f, mask=valid[:, None])
@@ -522,7 +516,8 @@ def attend(
 ):
     """f + z * attention. z is the map y at important pixels; elsewhere it is collected here, from dense channels.
 
-    Collect (LAYERS, C, C), bias (C,), factor (N, C) and DENSE are as in `important_layer`.
+    Collect (LAYERS, C, C), bias (C,) and factor (N, C) are as in `important_layer`. DENSE: dense channels of each layer,
+    padded, 8 bits per layer.
     """
     n = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BM + tl.arange(0, BM)
