@@ -190,8 +190,20 @@ void clear_border(float* map, int64_t rows, int64_t pitch, int channels) {
 // Set each row to `values`
 template <int M, int N>
 inline void fill(vec (&acc)[M][N], const float* values) {
-  for (auto& row : acc)
-    for (int k = 0; k < N; k++) row[k] = load(values + k * VL);
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+    for (int k = 0; k < N; k++) acc[i][k] = load(values + k * VL);
+}
+
+// f(i, k, acc[i][k]) for the first `count` rows; unrolled, because the compiler would keep `acc` in memory otherwise
+template <int M, int N, class F>
+inline __attribute__((always_inline)) void for_rows(vec (&acc)[M][N], int64_t count, F f) {
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++)
+    if (i < count)
+#pragma GCC unroll 4
+      for (int k = 0; k < N; k++) f(i, k, acc[i][k]);
 }
 
 // Columns of one of several matrices (K, n), which are stored as (n / LINE, matrices, K, LINE)
@@ -243,8 +255,7 @@ template <int N>
 __attribute__((noinline)) void product(const float* a, Columns b, float* c) {
   vec acc[ROWS][N] = {};
   multiply(acc, [&](int i) { return a + i * C; }, b, C);
-  for (int i = 0; i < ROWS; i++)
-    for (int k = 0; k < N; k++) store(c + (i * N + k) * VL, acc[i][k]);
+  for_rows(acc, ROWS, [&](int i, int k, vec v) { store(c + (i * N + k) * VL, v); });
 }
 
 // ---- Winograd's convolution on 2x2 blocks --------------------------------------------------------------------------
@@ -397,8 +408,8 @@ struct Image {
             const float* a = s.planes + (line / 3 * (H + 2) + y + line % 3) * pitch + x;
             multiply(acc, [&](int i) { return a + i; }, columns_of(net.first, 3 * net.n_colors, 3, line, j), 3);
           }
-          for (int i = 0; i < std::min<int64_t>(ROWS, W - x); i++)
-            for (int k = 0; k < N; k++) store(map + at(y, x + i) * C + j + k * VL, relu(acc[i][k]));
+          float* to = map + at(y, x) * C + j;
+          for_rows(acc, W - x, [&](int i, int k, vec v) { store(to + i * C + k * VL, relu(v)); });
         });
     });
   }
@@ -435,11 +446,12 @@ struct Image {
     for_columns(C, [&](auto width, int j) {
       constexpr int N = width.value;
       vec acc[ROWS][N];
+#pragma GCC unroll 12
       for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
         for (int k = 0; k < N; k++) acc[i][k] = load((index ? s.total + rows[i] : net.reduce_bias) + j + k * VL);
       multiply(acc, [&](int i) { return s.features + rows[i]; }, columns_of(net.modules[index].reduce, 1, C, 0, j), C);
-      for (int i = 0; i < count; i++)
-        for (int k = 0; k < N; k++) store(s.total + rows[i] + j + k * VL, is_last ? relu(acc[i][k]) : acc[i][k]);
+      for_rows(acc, count, [&](int i, int k, vec v) { store(s.total + rows[i] + j + k * VL, is_last ? relu(v) : v); });
     });
   }
 
@@ -460,15 +472,17 @@ struct Image {
     const int64_t scale = net.scale, per_color = scale * scale, outputs = net.n_colors * per_color;
     const float* w = net.tail;
     for (int64_t from = 0; from < outputs; from += C) {
-      const int64_t n = std::min<int64_t>(C, outputs - from);
+      const int n = std::min<int64_t>(C, outputs - from);
+      int64_t places[C];  // of the outputs of a pixel, from its top left one on
+      for (int64_t k = 0; k < n; k++) {
+        const int64_t color = (from + k) / per_color, sub = (from + k) % per_color;
+        places[k] = (color * scale * H + sub / scale) * scale * W + sub % scale;
+      }
       convolve_rows(map, {0, H / 2}, w, wide(n), [&](int64_t row, int64_t column, int g, const vec* y) {
         for (int i = 0; i < 4; i++) {
           const vec value = y[i] + load(net.tail_bias + from + g * VL);
-          const int64_t top = (2 * row + i / 2) * scale, left = (2 * column + i % 2) * scale;
-          for (int64_t c = from + g * VL, k = 0; k < VL && c < from + n; c++, k++) {
-            const int64_t line = c / per_color * scale * H + top + c % per_color / scale;
-            call.sr[line * scale * W + left + c % scale] += value[k];
-          }
+          float* pixel = call.sr + ((2 * row + i / 2) * scale * W + 2 * column + i % 2) * scale;
+          for (int k = 0; k < std::min(VL, n - g * VL); k++) pixel[places[g * VL + k]] += value[k];
         }
       });
       w += 16 * C * C;
@@ -545,15 +559,13 @@ struct ModuleStrip : Image {
             const float* a = above + (tap / 3 * half_pitch + x + tap % 3) * R;
             multiply(acc, [&](int i) { return a + i * R; }, columns_of(m.mid, 9, R, tap, j), R);
           }
-          for (int i = 0; i < ROWS; i++)
-            for (int k = 0; k < N; k++) store(hidden + i * R + j + k * VL, relu(acc[i][k]));
+          for_rows(acc, ROWS, [&](int i, int k, vec v) { store(hidden + i * R + j + k * VL, relu(v)); });
         });
         for_columns(TAPS, [&](auto width, int j) {
           constexpr int N = width.value;
           vec acc[ROWS][N] = {};
           multiply(acc, [&](int i) { return hidden + i * R; }, columns_of(m.up, 1, R, 0, j), R);
-          for (int i = 0; i < std::min<int64_t>(ROWS, half_width - x); i++)
-            for (int k = 0; k < N; k++) store(taps + (x + i) * TAPS + j + k * VL, acc[i][k]);
+          for_rows(acc, half_width - x, [&](int i, int k, vec v) { store(taps + (x + i) * TAPS + j + k * VL, v); });
         });
       }
     });
@@ -647,9 +659,10 @@ struct ModuleStrip : Image {
           const float* a = in.map + (segment.pixel + first + (tap / 3 - 1) * pitch + tap % 3 - 1) * C;
           multiply(acc, [&](int i) { return a + i * C; }, columns_of(layer.thin, 9, layer.n_in, tap, j), layer.n_in);
         }
-        for (int i = 0; i < M; i++)
-          if (segment.bits >> (first + i) & 1)
-            for (int k = 0; k < N; k++) store(map(l) + (segment.pixel + first + i) * C + j + k * VL, relu(acc[i][k]));
+        float* to = map(l) + (segment.pixel + first) * C + j;
+        for_rows(acc, M, [&](int i, int k, vec v) {
+          if (segment.bits >> (first + i) & 1) store(to + i * C + k * VL, relu(v));
+        });
       }
     });
   }
@@ -674,11 +687,10 @@ struct ModuleStrip : Image {
           multiply(acc, [&](int i) { return rows[i]; }, columns_of(layer.collect, 1, C, 0, j), channels);
         }
         vec sum[N] = {};
-        for (int i = 0; i < std::min(ROWS, count - first); i++)
-          for (int k = 0; k < N; k++) {
-            store(module + pixels[first + i] * C + j + k * VL, acc[i][k]);
-            sum[k] += acc[i][k];
-          }
+        for_rows(acc, count - first, [&](int i, int k, vec v) {
+          store(module + pixels[first + i] * C + j + k * VL, v);
+          sum[k] += v;
+        });
         for (int k = 0; k < N; k++) store(sums + j + k * VL, load(sums + j + k * VL) + sum[k]);
       });
   }
