@@ -46,6 +46,7 @@ constexpr int COLUMNS = VL == 8 ? 2 : 4;  // by this many vectors: as many as th
 constexpr int TASK = 4 * ROWS;         // blocks that a thread takes at a time
 constexpr int SEGMENT = 12;            // neighboring pixels of a row
 constexpr int SEGMENT_TASK = 16;       // segments that a thread takes at a time
+constexpr int BAND = 2048;             // blocks, important or not, that a layer computes before the next one continues
 constexpr int TAPS = 16;               // nine numbers per pixel of the transposed convolution, padded
 constexpr int LINE = 16;               // floats per cache line
 constexpr int AHEAD = 8;               // rows of weights that are prefetched
@@ -713,11 +714,23 @@ struct ModuleStrip : Image {
     collect(pixels, n, false, sums);
   }
 
-  // Run a layer on its rows; the last one also collects
-  void run_layer(int64_t l) const {
+  // Run all layers, a few rows at a time, so that a layer finds the outputs of the one before in the cache
+  void run_layers() const {
+    std::fill_n(s.pooled_sums, inner.begin == 0 ? C : 0, 0.0);
+    const int64_t step = divide_up(BAND, half_width);
+    for (int64_t end = step; end < rows / 2 + step + net.n_layers; end += step)
+      for (int64_t l = 0; l < net.n_layers; l++) {
+        // A layer reads one row of blocks more than it writes.
+        const Range all = block_rows(l);
+        const Range band = {std::max(all.begin, end - step - l), std::min(all.end, end - l)};
+        if (band.begin < band.end) run_layer(l, band);
+      }
+  }
+
+  // Run a layer on rows of blocks; the last one also collects
+  void run_layer(int64_t l, Range range) const {
     const bool is_last = l == net.n_layers - 1, has_thin = !skip(l) && m.layers[l].n_out;
     const Source in = l ? Source{map(l - 1), pitch, wide(m.layers[l].n_in) / VL} : Source{features, pitch, GROUPS};
-    const Range range = block_rows(l);
     const Block* blocks = s.blocks + s.first_block[range.begin];
     const Segment* segments = s.segments + s.first_segment[range.begin];
     const int64_t n_blocks = s.first_block[range.end] - s.first_block[range.begin];
@@ -743,7 +756,6 @@ struct ModuleStrip : Image {
   }
 
   void add_sums(int64_t tasks) const {
-    if (inner.begin == 0) std::fill_n(s.pooled_sums, C, 0.0);
     for (int64_t task = 0; task < tasks; task++)
       for (int c = 0; c < C; c++) s.pooled_sums[c] += s.sums[task * C + c];
   }
@@ -799,7 +811,7 @@ void smsr_module(const Call* call, int64_t index, int64_t top, int64_t bottom, u
   strip.clear_borders();
   strip.make_mask();
   strip.make_lists();
-  for (int64_t l = 0; l < strip.net.n_layers; l++) strip.run_layer(l);
+  strip.run_layers();
   counts[0] = strip.copy_mask(mask);
   counts[1] = strip.executed(counts[0]);
 }
