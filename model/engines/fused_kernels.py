@@ -516,8 +516,9 @@ def attend(
 ):
     """f + z * attention. z is the map y at important pixels; elsewhere it is collected here, from dense channels.
 
-    Collect (LAYERS, C, C), bias (C,) and factor (N, C) are as in `important_layer`. DENSE: dense channels of each layer,
-    padded, 8 bits per layer.
+    Collect (LAYERS, C, C), bias (C,) and factor (N, C) are as in `important_layer`.
+
+    DENSE   dense channels of each layer, padded, 8 bits per layer
     """
     n = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BM + tl.arange(0, BM)

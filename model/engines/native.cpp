@@ -188,15 +188,6 @@ void clear_border(float* map, int64_t rows, int64_t pitch, int channels) {
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-// Set each row to `values`
-template <int M, int N>
-inline void fill(vec (&acc)[M][N], const float* values) {
-#pragma GCC unroll 12
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
-    for (int k = 0; k < N; k++) acc[i][k] = load(values + k * VL);
-}
-
 // f(i, k, acc[i][k]) for the first `count` rows; unrolled, because the compiler would keep `acc` in memory otherwise
 template <int M, int N, class F>
 inline __attribute__((always_inline)) void for_rows(vec (&acc)[M][N], int64_t count, F f) {
@@ -205,6 +196,12 @@ inline __attribute__((always_inline)) void for_rows(vec (&acc)[M][N], int64_t co
     if (i < count)
 #pragma GCC unroll 4
       for (int k = 0; k < N; k++) f(i, k, acc[i][k]);
+}
+
+// Set each row to `values`
+template <int M, int N>
+inline void fill(vec (&acc)[M][N], const float* values) {
+  for_rows(acc, M, [&](int, int k, vec& v) { v = load(values + k * VL); });
 }
 
 // Columns of one of several matrices (K, n), which are stored as (n / LINE, matrices, K, LINE)
@@ -447,10 +444,9 @@ struct Image {
     for_columns(C, [&](auto width, int j) {
       constexpr int N = width.value;
       vec acc[ROWS][N];
-#pragma GCC unroll 12
-      for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-        for (int k = 0; k < N; k++) acc[i][k] = load((index ? s.total + rows[i] : net.reduce_bias) + j + k * VL);
+      for_rows(acc, ROWS, [&](int i, int k, vec& v) {
+        v = load((index ? s.total + rows[i] : net.reduce_bias) + j + k * VL);
+      });
       multiply(acc, [&](int i) { return s.features + rows[i]; }, columns_of(net.modules[index].reduce, 1, C, 0, j), C);
       for_rows(acc, count, [&](int i, int k, vec v) { store(s.total + rows[i] + j + k * VL, is_last ? relu(v) : v); });
     });
