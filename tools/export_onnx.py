@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from files import check_replaced, write_whole
+from files import write_whole
 from model import load_model
 from model.edsr import EDSR
 from model.network import Network
@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(args.pre_train, res_scale=args.res_scale)
     mode = choose_mode(args, model)
     facts = metadata(args, model, mode)
-    check_replaced(args.output, facts["weights_sha256"].encode(), argument="output")
+    if args.output.exists() and facts["weights_sha256"].encode() not in args.output.read_bytes():
+        raise InputError(f"--output {args.output}: already exists, not made from these weights; choose another name")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output.parent).close()  # before the export, which takes a minute

@@ -31,7 +31,7 @@ from data import find_set
 from data.image import read_image
 from data.resize import upscale
 from evaluation import compare, mask_densities
-from files import check_replaced, write_whole
+from files import write_whole
 from loading import load_json
 from option import Parser, count, flag_value, positive_int
 from program import InputError, run_program
@@ -144,7 +144,8 @@ def check_reports(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, not a folder; choose the folder of a run")
     for path, start in ((folder / "report.html", b"<h1>Results: "), (folder / "report.md", b"# Results: ")):
-        check_replaced(path, start, argument="output")
+        if path.exists() and start not in path.read_bytes():
+            raise InputError(f"{path}: already exists and is not a report; choose another --output")
 
 
 # What main.py writes. A number that JSON cannot hold is null or "inf".

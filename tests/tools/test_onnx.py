@@ -195,7 +195,7 @@ def test_an_export_keeps_files_that_it_did_not_make(folder):
     Path("mine.onnx").write_text("mine")
     for weights, output in (("other.pt", "w.onnx"), ("w.pt", "mine.onnx")):
         before = Path(output).read_bytes()
-        with pytest.raises(InputError, match=f"{output}: already exists and is something else"):
+        with pytest.raises(InputError, match=f"--output {output}: already exists, not made from these weights"):
             export_main(["--pre_train", weights, "--output", output])
         assert Path(output).read_bytes() == before
 

@@ -169,7 +169,7 @@ def test_errors_name_the_file(tested):
 def test_a_file_that_is_not_a_report_is_not_overwritten(tested, tmp_path, name):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("mine")
-    with pytest.raises(InputError, match=f"{name}: already exists and is something else"):
+    with pytest.raises(InputError, match=f"{name}: already exists and is not a report; choose another --output"):
         report([str(tested), "--output", str(tmp_path / "mine")])
     assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["mine"]
     for _ in range(2):  # a report is replaced by a report
