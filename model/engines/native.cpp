@@ -712,7 +712,7 @@ struct ModuleStrip : Image {
 
   // Run all layers, a few rows at a time, so that a layer finds the outputs of the one before in the cache
   void run_layers() const {
-    std::fill_n(s.pooled_sums, inner.begin == 0 ? C : 0, 0.0);
+    if (inner.begin == 0) std::fill_n(s.pooled_sums, C, 0.0);
     const int64_t step = divide_up(BAND, half_width);
     for (int64_t end = step; end < rows / 2 + step + net.n_layers; end += step)
       for (int64_t l = 0; l < net.n_layers; l++) {
