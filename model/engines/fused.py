@@ -9,13 +9,14 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import nn
+from triton.compiler import CompiledKernel
 
 from model.common import bicubic_weights
 from model.engines import fused_kernels as kernels
@@ -149,6 +150,23 @@ class FusedResult(NamedTuple):
     not_finite: torch.Tensor
 
 
+class KernelBuilder(ThreadPoolExecutor):
+    """Threads that compile kernels, and their launchers, which are in C, for the device of x."""
+
+    def __init__(self, x: torch.Tensor):
+        super().__init__(usable_processors())
+        self.x = x
+
+    def submit(self, compile_kernel: Callable[[], CompiledKernel]) -> Future[CompiledKernel]:
+        return super().submit(self._build, compile_kernel)
+
+    def _build(self, compile_kernel: Callable[[], CompiledKernel]) -> CompiledKernel:
+        kernel = compile_kernel()
+        with torch.cuda.device_of(self.x):  # each thread has its own current device
+            _ = kernel.run  # builds the launcher
+        return kernel
+
+
 class FusedPlan:
     """A compiled SMSR for a GPU. Call with images (N, n_colors, height, width) in 0...rgb_range, any size.
 
@@ -224,7 +242,7 @@ class FusedPlan:
         """Compile the kernels for such images in several threads; one after the other would take several seconds."""
         run = _Run(self, x, _compile)
         # Not with its own errors, after which it stays active; launching the kernel raises them again.
-        with ThreadPoolExecutor(usable_processors()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        with KernelBuilder(x) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
             self._forward(run)
         self._compiled.add(run.variant)
 

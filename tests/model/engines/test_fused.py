@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,20 @@ def test_other_kernels_do_not_spill(name, constants, float32, options, architect
 
 
 class FakeDriver:
-    """As much of a GPU as compiling needs."""
+    """As much of a GPU as compiling and loading kernels needs."""
+
+    def __init__(self):
+        self.utils = self
+        self.loading_threads = []  # one entry per kernel
+
+    def launcher_cls(self, source, metadata):
+        self.loading_threads.append(threading.current_thread())
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 100 * 2**10, "warpSize": 32}
+
+    def load_binary(self, *_):
+        return None, None, 0, 0, 1024
 
     def get_current_device(self):
         return 0
@@ -169,13 +183,17 @@ class FakeDriver:
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    monkeypatch.setattr(triton.runtime.driver, "_active", FakeDriver())
+    driver = FakeDriver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    return driver
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_all_kernels_are_compiled_ahead(dtype, fake_gpu, monkeypatch):
     plan = FusedPlan(Plan(SMSR(2).to(dtype).eval()))
     plan.compile(torch.zeros(1, 3, 20, 20, dtype=dtype))
+    assert fake_gpu.loading_threads
+    assert threading.main_thread() not in fake_gpu.loading_threads
     compiled = []
     monkeypatch.setattr(JITFunction, "_do_compile", lambda *args: compiled.append(args))
     for n in (1, 2, 3):  # other sizes and addresses need no other kernels
