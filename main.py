@@ -89,6 +89,8 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
     weights = state["model"] if state else read_weights(args.pre_train) if args.pre_train else None
     model = build_network(args, weights, args.pre_train or args.load, transfer=state is None)
     model = model.to(device, memory_format=torch.channels_last)
+    if args.freeze_channels:
+        model.freeze_channels()
     check_memory(args, model)
     trainer = build_trainer(args, model, experiment, deadline)
     if state:

@@ -40,8 +40,8 @@ TRAINING_FLAGS = (
     *("data_train", "ext", "patch_size", "no_augment", "compile", "test_every", "epochs", "batch_size", "split_batch"),
     *("gclip", "skip_threshold", "max_bad_steps", "ema", "loss", "lambda_sparsity", "vgg_weights"),
     *("gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma"),
-    *("unmasked_epochs", "revive_masks", "tau_min", "tau_epochs", "lambda_warmup", "save_models", "print_every"),
-    *("tensorboard", "images_every"),
+    *("unmasked_epochs", "revive_masks", "freeze_channels", "tau_min", "tau_epochs", "lambda_warmup"),
+    *("save_models", "print_every", "tensorboard", "images_every"),
 )
 TEST_ONLY_FLAGS = ("chop", "self_ensemble", "save_results", "save_masks", "metrics", "dir_demo")
 MODEL_FLAGS = (
@@ -195,6 +195,8 @@ def _check_same_run(args, stored):
         if key in stored and stored[key] != getattr(args, key):
             found = "its network's own value" if stored[key] is None else stored[key]
             raise InputError(f"--{key} {getattr(args, key)}: the run has {found}; leave it out, or start another run")
+    if stored and args.freeze_channels and not stored.get("freeze_channels"):
+        raise InputError("--freeze_channels: the run trains its channel masks; leave it out, or start another run")
 
 
 def _scale_schedules(args):
@@ -414,6 +416,11 @@ def _add_optimizer_options(group):
         help="replace masks of --pre_train that are empty or full on every validation image with another module's mask",
     )
     group.add_argument(
+        "--freeze_channels",
+        action="store_true",
+        help="train with the channel masks of --pre_train as they are at inference, which is faster",
+    )
+    group.add_argument(
         "--gamma", type=at_most(1, positive_float), default=0.5, help="factor of each learning-rate decay"
     )
     group.add_argument(
@@ -540,10 +547,11 @@ def _check_training(args):
         raise InputError("--deterministic: VGG losses have no such gradient on a GPU; leave one out")
     if args.unmasked_epochs and args.model == "EDSR":
         raise InputError(f"--unmasked_epochs {args.unmasked_epochs}: EDSR has no masks; leave it out")
-    if args.revive_masks and args.model == "EDSR":
-        raise InputError("--revive_masks: EDSR has no masks; leave it out")
-    if args.revive_masks and not args.pre_train:
-        raise InputError("--revive_masks: only weights have masks to revive; add --pre_train FILE")
+    for flag in ("revive_masks", "freeze_channels"):
+        if getattr(args, flag) and args.model == "EDSR":
+            raise InputError(f"--{flag}: EDSR has no masks; leave it out")
+        if getattr(args, flag) and not (args.pre_train or args.load):
+            raise InputError(f"--{flag}: needs the masks of trained weights; add --pre_train FILE")
     if args.tau_min > 1:
         raise InputError(f"--tau_min {args.tau_min}: the temperature starts at 1; use at most 1")
     if args.split_batch > args.batch_size:

@@ -101,7 +101,8 @@ class Network(nn.Module):
 
     A subclass defines `peak_maps`, `forward(x)`, `training_forward(x, tau)` -> (SR, [(m, c), ...]), where no tau means
     no masks, `inference(x, mode, tile)` -> (SR, Cost), and the static methods `hyperparameters(state_dict)` and
-    `translate(state_dict)`. A network with masks also defines `copy_mask()` and `mask_parameters()`.
+    `translate(state_dict)`. A network with masks also defines the methods `copy_mask`, `freeze_channels` and
+    `mask_parameters`.
 
     Args:
         scale: upscaling factor
@@ -131,6 +132,10 @@ class Network(nn.Module):
 
     def copy_mask(self, source: int, target: int) -> None:
         """Give a module the spatial mask of another one. Modules count from 0."""
+        raise NotImplementedError("this network has no masks")
+
+    def freeze_channels(self) -> None:
+        """Train with the channel masks of inference from now on, without noise; training then takes less work."""
         raise NotImplementedError("this network has no masks")
 
     def mask_parameters(self) -> list[nn.Parameter]:

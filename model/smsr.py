@@ -97,12 +97,32 @@ class SMM(nn.Module):
         self.convs = nn.ModuleList(conv3x3(n_feats, n_feats, bias=False) for _ in range(n_layers))
         self.collect = nn.Conv2d(n_feats * n_layers, n_feats, 1)
         self.attention = ChannelAttention(n_feats)
+        self.n_dense: list[int] | None = None  # of each layer, if the channel masks are frozen
 
     def sample_masks(self, x: torch.Tensor, tau: float | torch.Tensor) -> Masks:
         """Soft masks for training: m (N, 1, H, W) from the features x (N, C, H, W), c (1, C, L), both in 0...1."""
         m = gumbel_softmax(self.spatial_mask(x), tau, dim=1)[:, IMPORTANT:]
-        c = gumbel_softmax(self.channel_logits, tau, dim=3)[..., DENSE]
-        return m, c
+        if self.n_dense is not None:
+            return m, self.hard_channel_mask().to(m.dtype)[None]
+        return m, gumbel_softmax(self.channel_logits, tau, dim=3)[..., DENSE]
+
+    @torch.no_grad()
+    def freeze_channels(self) -> None:
+        """Train with the channel masks of inference from now on, which takes less work in `forward`.
+
+        The channels of each layer are put in the order dense, then sparse, which does not change the outputs.
+        """
+        is_dense = self.hard_channel_mask()
+        n_feats, before = len(is_dense), slice(None)
+        for layer, conv in enumerate(self.convs):
+            order = is_dense[:, layer].int().argsort(descending=True, stable=True)
+            conv.weight.copy_(conv.weight[order][:, before])
+            self.channel_logits[:, :, layer] = self.channel_logits[:, order, layer]
+            columns = self.collect.weight[:, layer * n_feats : (layer + 1) * n_feats]
+            columns.copy_(columns[:, order])
+            before = order
+        self.channel_logits.requires_grad_(False)
+        self.n_dense = is_dense.sum(0).tolist()
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """The parameters on which only the masks depend."""
@@ -134,16 +154,22 @@ class SMM(nn.Module):
 
         At important pixels a layer computes everything; elsewhere it computes only dense channels, from dense channels.
         This is the paper's four-branch form with the branches summed: the probabilities of dense and sparse add up to
-        1. Both terms convolve the same features, so a layer is one convolution with two sets of weights.
+        1. Both terms convolve the same features, so a layer is one convolution with two sets of weights. If the channel
+        masks are frozen, the second set has the dense channels only.
         """
         c = c[0].unbind(1)  # L of (C,)
         f = F.relu(self.convs[0](x) * (m + (1 - m) * c[0].to(m.dtype).view(1, -1, 1, 1)))
         outputs = [f]
-        for conv, c_in, c_out in zip(self.convs[1:], c[:-1], c[1:], strict=True):
-            dense_pairs = torch.outer(c_out, c_in)[:, :, None, None]  # (C, C, 1, 1): dense channels from dense channels
-            thin = conv.weight * dense_pairs
-            full, dense = F.conv2d(f, torch.cat([conv.weight, thin]), padding=1).chunk(2, 1)  # 2 (N, C, H, W)
-            f = F.relu(m * full + (1 - m) * dense)
+        n_feats = len(c[0])
+        for layer, conv in enumerate(self.convs[1:], start=1):
+            n = n_feats if self.n_dense is None else self.n_dense[layer]  # only these channels, the first, may be dense
+            dense_pairs = torch.outer(c[layer][:n], c[layer - 1])[:, :, None, None]  # (n, C, 1, 1)
+            thin = conv.weight[:n] * dense_pairs  # dense channels from dense channels
+            full, dense = F.conv2d(f, torch.cat([conv.weight, thin]), padding=1).split([n_feats, n], 1)
+            dense = (1 - m) * dense
+            if n < n_feats:
+                dense = F.pad(dense, (0, 0, 0, 0, 0, n_feats - n))
+            f = F.relu(m * full + dense)
             outputs.append(f)
         return x + self.attention(self.collect(torch.cat(outputs, 1)))
 
@@ -244,6 +270,10 @@ class SMSR(Network):
 
     def copy_mask(self, source: int, target: int) -> None:
         self.blocks[target].spatial_mask.load_state_dict(self.blocks[source].spatial_mask.state_dict())
+
+    def freeze_channels(self) -> None:
+        for block in self.blocks:
+            block.freeze_channels()
 
     def mask_parameters(self) -> list[nn.Parameter]:
         return [parameter for block in self.blocks for parameter in block.mask_parameters()]

@@ -255,6 +255,24 @@ def test_a_run_that_begins_without_masks(folder):
     assert [float(row["active"]) == 1 for row in rows] == [True, False, False]
 
 
+def test_channel_masks_that_are_frozen_stay_as_they_are(folder, tiny):
+    line = f"{TRAIN} --pre_train weights.pt --freeze_channels"
+    run(f"{line} --epochs 2")
+    shutil.move("experiment/run", "experiment/uninterrupted")
+    run(f"{line} --epochs 1")
+    run("--load run --epochs 2")
+    ours, theirs = (load(f"experiment/{name}/model/model_latest.pt") for name in ("run", "uninterrupted"))
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name])
+    for k, block in enumerate(tiny.blocks):
+        trained, before = theirs[f"blocks.{k}.channel_logits"], block.channel_logits
+        assert torch.equal(trained.sort(1).values, before.sort(1).values)  # in another order
+        assert not torch.equal(theirs[f"blocks.{k}.spatial_mask.5.bias"], block.spatial_mask.logits.bias)
+    assert mistake(f"{TRAIN} --freeze_channels").startswith("--freeze_channels: needs the masks of trained weights; ")
+    run(f"{TRAIN} --save sampled --epochs 1")
+    assert mistake("--load sampled --freeze_channels").startswith("--freeze_channels: the run trains its channel masks")
+
+
 def collapse_masks(path, modules):
     """Let some modules of a weights file find no pixel important."""
     weights = load(path)
@@ -275,9 +293,8 @@ def test_masks_that_have_collapsed_are_revived(folder, capsys):
         assert torch.equal(first, second)
     assert read_options("run")["changed"]["revive_masks"]
     assert mistake("--load run --revive_masks").startswith("--revive_masks: --load brings its own weights; ")
-    assert (
-        mistake(f"{TRAIN} --revive_masks") == "--revive_masks: only weights have masks to revive; add --pre_train FILE"
-    )
+    line = mistake(f"{TRAIN} --revive_masks")
+    assert line == "--revive_masks: needs the masks of trained weights; add --pre_train FILE"
     collapse_masks("weights.pt", [0, 1])
     line = mistake(f"{TRAIN} --save other --pre_train weights.pt --revive_masks")
     assert line.startswith("--revive_masks: weights.pt: all masks are empty or full; ")

@@ -1,9 +1,14 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loss.sparsity import active_shares
 from model.smsr import SMM, SMSR, gumbel_softmax
+from tests.model.masks import with_dense_channels
 
 MEAN_SHIFTS = 24  # weights of the two fixed convolutions that the published count includes
 
@@ -173,6 +178,33 @@ def test_without_masks_the_network_is_that_with_full_masks():
         block.spatial_mask.logits.weight.data.zero_()
         block.spatial_mask.logits.bias.data = torch.tensor([0.0, 1.0])
     torch.testing.assert_close(model.masked_forward(x), sr)
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=3), st.integers(0, 2**32 - 1))
+def test_frozen_channel_masks_are_those_of_inference(counts, seed):
+    torch.manual_seed(seed)
+    model = SMSR(2, n_feats=8, n_blocks=2, n_layers=len(counts))
+    for block in model.blocks:
+        with_dense_channels(block, counts)
+    frozen = copy.deepcopy(model)
+    frozen.freeze_channels()
+    assert all(block.n_dense == counts for block in frozen.blocks)
+    x, f, m = torch.rand(1, 3, 4, 6) * 255, torch.randn(2, 8, 4, 6), torch.rand(2, 1, 4, 6)
+    torch.testing.assert_close(frozen.masked_forward(x), model.masked_forward(x), rtol=1e-4, atol=1e-3)
+    for ours, theirs in zip(frozen.blocks, model.blocks, strict=True):
+        _, c = ours.sample_masks(f, tau=0.5)
+        assert torch.equal(c, torch.tensor([[float(k < n) for n in counts] for k in range(8)])[None])
+        hard = theirs.hard_channel_mask().float()[None]
+        torch.testing.assert_close(ours(f, m, c), theirs(f, m, hard), rtol=1e-4, atol=1e-5)
+
+
+def test_freezing_channel_masks_again_changes_nothing():
+    model = SMSR(2, n_feats=8, n_blocks=2)
+    model.freeze_channels()
+    before = copy.deepcopy(model.state_dict())
+    model.freeze_channels()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 2), (7, 9)])
