@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure, SubFigure  # pyplot would look for a window system
 from matplotlib.patches import Patch, Rectangle
@@ -224,17 +225,40 @@ def mask_curves(history: Sequence[Mapping[str, float]], bins: Sequence[str]) -> 
     return figure
 
 
+def compare_runs(runs: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]], label: str) -> Figure:
+    """A figure of the quality of several runs: against time on the left, against the active share on the right.
+
+    Args:
+        runs: {name: (hours, active shares in 0...1, quality), one of each per epoch}
+        label: of the quality, on the y axes
+    """
+    figure = Figure(figsize=(2 * PANEL[0], PANEL[1] + 0.22 * len(runs)), layout="constrained")
+    time, share = figure.subplots(1, 2, sharey=True)
+    _style(time, "quality over time", "hours", label)
+    _style(share, "quality and work", "active share", "")
+    for position, (name, (hours, shares, quality)) in enumerate(runs.items()):
+        look = {"color": COLORS[position % len(COLORS)], "linestyle": LINE_STYLES[position % len(LINE_STYLES)]}
+        for axes, values in ((time, hours), (share, shares)):
+            axes.plot(values, quality, marker="o", markevery=[-1], label=name, **look)
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", fontsize="small", frameon=False)
+    return figure
+
+
 def _panel(part: Figure | SubFigure, title: str, label: str):
     """The axes of one panel, over the epochs."""
     axes = part.add_subplot()
-    axes.set_title(title, fontsize="medium", loc="left")
-    axes.set_xlabel("epoch", fontsize="small")
-    axes.set_ylabel(label, fontsize="small")
-    axes.tick_params(labelsize="small")
+    _style(axes, title, "epoch", label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return axes
+
+
+def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, fontsize="medium", loc="left")
+    axes.set_xlabel(x_label, fontsize="small")
+    axes.set_ylabel(y_label, fontsize="small")
+    axes.tick_params(labelsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    return axes
 
 
 def _legend_below(part: Figure | SubFigure) -> None:
