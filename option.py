@@ -188,7 +188,7 @@ def flag_value(name: str, value: Any) -> str:
 
 
 def _check_same_run(args, stored):
-    """Raise InputError if a resumed run would get another network, or other epochs without masks."""
+    """Raise InputError if a resumed run would get another network, or train its masks in other epochs."""
     if stored:
         stored = {"unmasked_epochs": 0} | stored  # version 0.1.0 had none
     for key in (*MODEL_FLAGS, "unmasked_epochs"):
@@ -418,7 +418,7 @@ def _add_optimizer_options(group):
     group.add_argument(
         "--freeze_channels",
         action="store_true",
-        help="train with the channel masks of --pre_train as they are at inference, which is faster",
+        help="keep the channel masks of --pre_train fixed, as inference uses them; steps are faster",
     )
     group.add_argument(
         "--gamma", type=at_most(1, positive_float), default=0.5, help="factor of each learning-rate decay"

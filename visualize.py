@@ -234,12 +234,13 @@ def compare_runs(runs: Mapping[str, tuple[Sequence[float], Sequence[float], Sequ
     """
     figure = Figure(figsize=(2 * PANEL[0], PANEL[1] + 0.22 * len(runs)), layout="constrained")
     time, share = figure.subplots(1, 2, sharey=True)
-    _style(time, "quality over time", "hours", label)
-    _style(share, "quality and work", "active share", "")
+    _style_axes(time, "quality over time", "hours", label)
+    _style_axes(share, "quality and work", "active share", "")
     for position, (name, (hours, shares, quality)) in enumerate(runs.items()):
-        look = {"color": COLORS[position % len(COLORS)], "linestyle": LINE_STYLES[position % len(LINE_STYLES)]}
+        name = name.replace("$", r"\$").lstrip("_")  # which mean mathematics and no legend
+        style = {"color": COLORS[position % len(COLORS)], "linestyle": LINE_STYLES[position % len(LINE_STYLES)]}
         for axes, values in ((time, hours), (share, shares)):
-            axes.plot(values, quality, marker="o", markevery=[-1], label=name, **look)
+            axes.plot(values, quality, marker="o", markevery=[-1], label=name, **style)
     figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", fontsize="small", frameon=False)
     return figure
 
@@ -247,12 +248,12 @@ def compare_runs(runs: Mapping[str, tuple[Sequence[float], Sequence[float], Sequ
 def _panel(part: Figure | SubFigure, title: str, label: str):
     """The axes of one panel, over the epochs."""
     axes = part.add_subplot()
-    _style(axes, title, "epoch", label)
+    _style_axes(axes, title, "epoch", label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return axes
 
 
-def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+def _style_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.set_title(title, fontsize="medium", loc="left")
     axes.set_xlabel(x_label, fontsize="small")
     axes.set_ylabel(y_label, fontsize="small")

@@ -90,6 +90,8 @@ class MaskBranch(nn.Sequential):
 class SMM(nn.Module):
     """Sparse mask module (paper section 3.2, fig. 3): L sparse mask convolutions, their 1x1 collection, attention."""
 
+    n_dense: list[int] | None = None  # dense channels of each layer, if the channel masks are frozen
+
     def __init__(self, n_feats: int = 64, n_layers: int = 4):
         super().__init__()
         self.spatial_mask = MaskBranch(n_feats)
@@ -97,30 +99,30 @@ class SMM(nn.Module):
         self.convs = nn.ModuleList(conv3x3(n_feats, n_feats, bias=False) for _ in range(n_layers))
         self.collect = nn.Conv2d(n_feats * n_layers, n_feats, 1)
         self.attention = ChannelAttention(n_feats)
-        self.n_dense: list[int] | None = None  # of each layer, if the channel masks are frozen
 
     def sample_masks(self, x: torch.Tensor, tau: float | torch.Tensor) -> Masks:
-        """Soft masks for training: m (N, 1, H, W) from the features x (N, C, H, W), c (1, C, L), both in 0...1."""
+        """Masks for training, in 0...1: m (N, 1, H, W) from the features x (N, C, H, W), and c (1, C, L)."""
         m = gumbel_softmax(self.spatial_mask(x), tau, dim=1)[:, IMPORTANT:]
         if self.n_dense is not None:
-            return m, self.hard_channel_mask().to(m.dtype)[None]
+            return m, self.hard_channel_mask().to(self.channel_logits.dtype)[None]
         return m, gumbel_softmax(self.channel_logits, tau, dim=3)[..., DENSE]
 
     @torch.no_grad()
     def freeze_channels(self) -> None:
         """Train with the channel masks of inference from now on, which takes less work in `forward`.
 
-        The channels of each layer are put in the order dense, then sparse, which does not change the outputs.
+        The channels of each layer are put in the order dense, then sparse, which does not change the outputs. Weights
+        that are loaded later must have the same order.
         """
         is_dense = self.hard_channel_mask()
-        n_feats, before = len(is_dense), slice(None)
+        n_feats, input_order = len(is_dense), slice(None)
         for layer, conv in enumerate(self.convs):
             order = is_dense[:, layer].int().argsort(descending=True, stable=True)
-            conv.weight.copy_(conv.weight[order][:, before])
+            conv.weight.copy_(conv.weight[order][:, input_order])
             self.channel_logits[:, :, layer] = self.channel_logits[:, order, layer]
             columns = self.collect.weight[:, layer * n_feats : (layer + 1) * n_feats]
             columns.copy_(columns[:, order])
-            before = order
+            input_order = order
         self.channel_logits.requires_grad_(False)
         self.n_dense = is_dense.sum(0).tolist()
 
@@ -131,7 +133,7 @@ class SMM(nn.Module):
     def full_masks(self, x: torch.Tensor) -> Masks:
         """Masks that keep everything, in the shapes of `sample_masks`: all of m and c is 1.
 
-        They give every parameter of the masks a gradient, 0, which training in several processes needs.
+        They give every parameter of the masks that is not frozen a gradient, 0, which several processes need.
         """
         one = 1 + 0 * sum(parameter.sum() for parameter in self.mask_parameters())
         return one.expand(len(x), 1, *x.shape[2:]), one.expand(self.channel_logits.shape[:3])

@@ -256,14 +256,15 @@ def test_a_run_that_begins_without_masks(folder):
 
 
 def test_channel_masks_that_are_frozen_stay_as_they_are(folder, tiny):
-    line = f"{TRAIN} --pre_train weights.pt --freeze_channels"
+    line = f"{TRAIN} --pre_train weights.pt --revive_masks --freeze_channels --unmasked_epochs 1 --ema 0.9"
     run(f"{line} --epochs 2")
     shutil.move("experiment/run", "experiment/uninterrupted")
     run(f"{line} --epochs 1")
     run("--load run --epochs 2")
-    ours, theirs = (load(f"experiment/{name}/model/model_latest.pt") for name in ("run", "uninterrupted"))
-    for name in theirs:
-        assert torch.equal(ours[name], theirs[name])
+    for file in ("model_latest_ema.pt", "model_latest.pt"):
+        ours, theirs = (load(f"experiment/{name}/model/{file}") for name in ("run", "uninterrupted"))
+        for name in theirs:
+            assert torch.equal(ours[name], theirs[name])
     for k, block in enumerate(tiny.blocks):
         trained, before = theirs[f"blocks.{k}.channel_logits"], block.channel_logits
         assert torch.equal(trained.sort(1).values, before.sort(1).values)  # in another order

@@ -2,8 +2,8 @@
 
     python tools/plot_runs.py experiment/lambda_0.03 experiment/lambda_0.1 --set DIV2K --output runs.png
 
-Each run is a line through its epochs that ends in a dot. With --ema it is that of the averaged weights. Hours are those
-of the steps, without evaluation. A network without masks has an active share of 1.
+Each run is a line through its epochs that ends in a dot. With --ema, PSNR and active share are those of the averaged
+weights. Hours count training steps only, without evaluation.
 """
 
 import itertools
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_replaced(args.output, FIGURE_MARK, argument="output")
     histories = {folder: read_history(folder) for folder in args.runs}
     measure = find_measure(histories, args.set)
-    lines = {str(folder): trace(history, measure, args.set) for folder, history in histories.items()}
+    lines = {str(folder): read_curve(history, measure, args.set) for folder, history in histories.items()}
     write_whole(args.output, to_png(compare_runs(lines, MEASURES[measure])))
     for name, ((*_, hours), (*_, share), (*_, psnr)) in lines.items():
         print(f"{name}: {psnr:.2f} dB on {args.set} after {hours:.2f} hours, active share {share:.2f}")
@@ -55,11 +55,11 @@ def find_measure(histories: dict[Path, Sequence[Row]], name: str) -> str:
     )
 
 
-def trace(history: Sequence[Row], measure: str, name: str) -> tuple[list[float], list[float], list[float]]:
+def read_curve(history: Sequence[Row], measure: str, name: str) -> tuple[list[float], list[float], list[float]]:
     """The hours, the active share and the PSNR of each epoch of a run; epochs that did not measure it have nan."""
     suffix = f"{name}_ema" if f"{measure}_{name}_ema" in history[-1] else name
-    hours = [seconds / 3600 for seconds in itertools.accumulate(row["seconds"] for row in history)]
-    shares = [row.get(f"active_share_{suffix}", 1) for row in history]
+    hours = [seconds / 3600 for seconds in itertools.accumulate(row.get("seconds", math.nan) for row in history)]
+    shares = [row.get(f"active_share_{suffix}", math.nan) for row in history]
     return hours, shares, [row.get(f"{measure}_{suffix}", math.nan) for row in history]
 
 

@@ -151,7 +151,7 @@ class FusedResult(NamedTuple):
 
 
 class KernelBuilder(ThreadPoolExecutor):
-    """Threads that compile kernels, and their launchers, which are in C, for the device of x."""
+    """Compiles kernels and builds their launchers, which are in C, in threads, for the device of x."""
 
     def __init__(self, x: torch.Tensor):
         super().__init__(usable_processors())

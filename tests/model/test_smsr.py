@@ -196,6 +196,10 @@ def test_frozen_channel_masks_are_those_of_inference(counts, seed):
         assert torch.equal(c, torch.tensor([[float(k < n) for n in counts] for k in range(8)])[None])
         hard = theirs.hard_channel_mask().float()[None]
         torch.testing.assert_close(ours(f, m, c), theirs(f, m, hard), rtol=1e-4, atol=1e-5)
+        thrifty = torch.autograd.grad(ours(f, m, c).square().sum(), list(ours.convs.parameters()))
+        ours.n_dense = None
+        full = torch.autograd.grad(ours(f, m, c).square().sum(), list(ours.convs.parameters()))
+        torch.testing.assert_close(thrifty, full, rtol=1e-4, atol=1e-4)
 
 
 def test_freezing_channel_masks_again_changes_nothing():

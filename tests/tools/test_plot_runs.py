@@ -5,7 +5,7 @@ import imageio.v3 as iio
 import pytest
 
 from program import InputError
-from tools.plot_runs import find_measure, main, trace
+from tools.plot_runs import find_measure, main, read_curve
 
 
 def write_log(folder, rows):
@@ -33,12 +33,12 @@ def test_runs_are_drawn_and_their_last_epochs_printed(tmp_path, capsys):
 
 
 def test_lines_have_one_point_per_epoch():
-    history = [{"epoch": 1, "seconds": 360}, {"epoch": 2, "seconds": 3240, "psnr_rgb_A": 30.0}]
-    hours, shares, psnr = trace(history, "psnr_rgb", "A")
+    history = [{"epoch": 1, "seconds": 360}, {"epoch": 2, "seconds": 3240, "psnr_rgb_A": 30.0, "active_share_A": 0.5}]
+    hours, shares, psnr = read_curve(history, "psnr_rgb", "A")
     assert hours == [0.1, 1.0]
-    assert shares == [1, 1]  # of a network without masks
     assert math.isnan(psnr[0])  # validated on another set
-    assert psnr[1] == 30.0
+    assert math.isnan(shares[0])
+    assert (shares[1], psnr[1]) == (0.5, 30.0)
 
 
 def test_the_measure_is_one_that_all_runs_have(tmp_path):
