@@ -234,13 +234,16 @@ PLAY = """
 const done = arguments[1], video = document.createElement("video"), canvas = document.createElement("canvas");
 video.onerror = () => done(video.error.message);
 video.onloadeddata = () => { video.currentTime = 0.1; };
-video.onseeked = () => {
+const show = () => {
     canvas.width = video.videoWidth;
     canvas.height = video.videoHeight;
     const context = canvas.getContext("2d");
     context.drawImage(video, 0, 0);
-    done([canvas.width, canvas.height, video.duration, ...context.getImageData(50, 50, 1, 1).data]);
+    const color = context.getImageData(50, 50, 1, 1).data;
+    if (color[3] == 0) setTimeout(show, 10);  // the frame is not decoded yet
+    else done([canvas.width, canvas.height, video.duration, ...color]);
 };
+video.onseeked = show;
 video.src = "data:video/mp4;base64," + arguments[0];
 """
 
