@@ -33,6 +33,13 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def curves(request, monkeypatch):
+    """Trainings draw their curves, which takes a second, only in tests that are marked with `curves`."""
+    if "trainer" in sys.modules and not request.node.get_closest_marker("curves"):
+        monkeypatch.setattr("trainer.write_curves", lambda folder, history: None)
+
+
 @pytest.fixture
 def shared():
     """The folder with Set5, training images and the published x2 weights; skips the test if it is missing."""

@@ -477,6 +477,7 @@ def test_training_starts_from_given_weights(folder, tiny):
     assert all((trained[key] - value).abs().max() < 1e-6 for key, value in tiny.state_dict().items())
 
 
+@pytest.mark.curves
 def test_edsr_trains_too(folder):
     run(TRAIN.replace("--n_blocks 2 --n_layers 2", "--model EDSR --n_resblocks 1") + " --epochs 1")
     (row,) = read_history("run")

@@ -369,6 +369,7 @@ def test_another_optimizer_or_loss_cannot_resume(build):
 # ---- the files of a run ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.curves
 def test_the_files_and_numbers_of_a_run(build):
     trainer = build(keep_all=True)
     trainer.fit(2)
