@@ -89,8 +89,8 @@ def train(args: argparse.Namespace, stored: dict[str, Any], device: torch.device
     weights = state["model"] if state else read_weights(args.pre_train) if args.pre_train else None
     model = build_network(args, weights, args.pre_train or args.load, transfer=state is None)
     model = model.to(device, memory_format=torch.channels_last)
-    if args.freeze_channels:
-        model.freeze_channels()
+    if args.freeze_masks:
+        model.freeze_masks(spatial=args.freeze_masks == "all")
     check_memory(args, model)
     trainer = build_trainer(args, model, experiment, deadline)
     if state:

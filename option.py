@@ -40,7 +40,7 @@ TRAINING_FLAGS = (
     *("data_train", "ext", "patch_size", "no_augment", "compile", "test_every", "epochs", "batch_size", "split_batch"),
     *("gclip", "skip_threshold", "max_bad_steps", "ema", "loss", "lambda_sparsity", "vgg_weights"),
     *("gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma"),
-    *("unmasked_epochs", "revive_masks", "freeze_channels", "tau_min", "tau_epochs", "lambda_warmup"),
+    *("unmasked_epochs", "revive_masks", "freeze_masks", "tau_min", "tau_epochs", "lambda_warmup"),
     *("save_models", "print_every", "tensorboard", "images_every"),
 )
 TEST_ONLY_FLAGS = ("chop", "self_ensemble", "save_results", "save_masks", "metrics", "dir_demo")
@@ -195,8 +195,9 @@ def _check_same_run(args, stored):
         if key in stored and stored[key] != getattr(args, key):
             found = "its network's own value" if stored[key] is None else stored[key]
             raise InputError(f"--{key} {getattr(args, key)}: the run has {found}; leave it out, or start another run")
-    if stored and args.freeze_channels and not stored.get("freeze_channels"):
-        raise InputError("--freeze_channels: the run trains its channel masks; leave it out, or start another run")
+    if stored and args.freeze_masks != (frozen := stored.get("freeze_masks")):
+        found = f"freezes {frozen}" if frozen else "trains all masks"
+        raise InputError(f"--freeze_masks {args.freeze_masks}: the run {found}; leave it out, or start another run")
 
 
 def _scale_schedules(args):
@@ -416,9 +417,9 @@ def _add_optimizer_options(group):
         help="replace masks of --pre_train that are empty or full on every validation image with another module's mask",
     )
     group.add_argument(
-        "--freeze_channels",
-        action="store_true",
-        help="keep the channel masks of --pre_train fixed, as inference uses them; steps are faster",
+        "--freeze_masks",
+        choices=("channels", "all"),
+        help="keep the channel masks of --pre_train fixed, or all masks, as inference uses them; steps are faster",
     )
     group.add_argument(
         "--gamma", type=at_most(1, positive_float), default=0.5, help="factor of each learning-rate decay"
@@ -547,7 +548,7 @@ def _check_training(args):
         raise InputError("--deterministic: VGG losses have no such gradient on a GPU; leave one out")
     if args.unmasked_epochs and args.model == "EDSR":
         raise InputError(f"--unmasked_epochs {args.unmasked_epochs}: EDSR has no masks; leave it out")
-    for flag in ("revive_masks", "freeze_channels"):
+    for flag in ("revive_masks", "freeze_masks"):
         if getattr(args, flag) and args.model == "EDSR":
             raise InputError(f"--{flag}: EDSR has no masks; leave it out")
         if getattr(args, flag) and not (args.pre_train or args.load):

@@ -101,7 +101,7 @@ class Network(nn.Module):
 
     A subclass defines `peak_maps`, `forward(x)`, `training_forward(x, tau)` -> (SR, [(m, c), ...]), where no tau means
     no masks, `inference(x, mode, tile)` -> (SR, Cost), and the static methods `hyperparameters(state_dict)` and
-    `translate(state_dict)`. A network with masks also defines the methods `copy_mask`, `freeze_channels` and
+    `translate(state_dict)`. A network with masks also defines the methods `copy_mask`, `freeze_masks` and
     `mask_parameters`.
 
     Args:
@@ -134,8 +134,8 @@ class Network(nn.Module):
         """Give a module the spatial mask of another one. Modules count from 0."""
         raise NotImplementedError("this network has no masks")
 
-    def freeze_channels(self) -> None:
-        """Train with the channel masks of inference from now on, without noise; training then takes less work."""
+    def freeze_masks(self, spatial: bool) -> None:
+        """Train with the channel masks of inference from now on, and with the `spatial` ones, too: without noise."""
         raise NotImplementedError("this network has no masks")
 
     def mask_parameters(self) -> list[nn.Parameter]:

@@ -91,6 +91,7 @@ class SMM(nn.Module):
     """Sparse mask module (paper section 3.2, fig. 3): L sparse mask convolutions, their 1x1 collection, attention."""
 
     n_dense: list[int] | None = None  # dense channels of each layer, if the channel masks are frozen
+    has_frozen_spatial_mask = False
 
     def __init__(self, n_feats: int = 64, n_layers: int = 4):
         super().__init__()
@@ -102,10 +103,19 @@ class SMM(nn.Module):
 
     def sample_masks(self, x: torch.Tensor, tau: float | torch.Tensor) -> Masks:
         """Masks for training, in 0...1: m (N, 1, H, W) from the features x (N, C, H, W), and c (1, C, L)."""
-        m = gumbel_softmax(self.spatial_mask(x), tau, dim=1)[:, IMPORTANT:]
-        if self.n_dense is not None:
-            return m, self.hard_channel_mask().to(self.channel_logits.dtype)[None]
-        return m, gumbel_softmax(self.channel_logits, tau, dim=3)[..., DENSE]
+        if self.has_frozen_spatial_mask:
+            with torch.no_grad():
+                m = self.hard_spatial_mask(x).to(x.dtype)
+        else:
+            m = gumbel_softmax(self.spatial_mask(x), tau, dim=1)[:, IMPORTANT:]
+        if self.n_dense is None:
+            return m, gumbel_softmax(self.channel_logits, tau, dim=3)[..., DENSE]
+        return m, self.hard_channel_mask().to(self.channel_logits.dtype)[None]
+
+    def freeze_spatial_mask(self) -> None:
+        """Train with the spatial mask of inference from now on. It still depends on the features, which change."""
+        self.spatial_mask.requires_grad_(False)
+        self.has_frozen_spatial_mask = True
 
     @torch.no_grad()
     def freeze_channels(self) -> None:
@@ -273,9 +283,11 @@ class SMSR(Network):
     def copy_mask(self, source: int, target: int) -> None:
         self.blocks[target].spatial_mask.load_state_dict(self.blocks[source].spatial_mask.state_dict())
 
-    def freeze_channels(self) -> None:
+    def freeze_masks(self, spatial: bool) -> None:
         for block in self.blocks:
             block.freeze_channels()
+            if spatial:
+                block.freeze_spatial_mask()
 
     def mask_parameters(self) -> list[nn.Parameter]:
         return [parameter for block in self.blocks for parameter in block.mask_parameters()]

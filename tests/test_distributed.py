@@ -70,10 +70,10 @@ def test_two_processes_train_as_one(folder, line):
         assert float(ours["psnr_y_Tiny2"]) == pytest.approx(float(theirs["psnr_y_Tiny2"]), abs=0.01)
 
 
-@pytest.mark.parametrize("channels", ["", "--freeze_channels"])
-def test_two_processes_report_the_mask_densities_of_one(folder, tiny, channels):
+@pytest.mark.parametrize("masks", ["", "--freeze_masks all"])
+def test_two_processes_report_the_mask_densities_of_one(folder, tiny, masks):
     torch.save(tiny.state_dict(), "weights.pt")
-    line = f"{TRAIN} --n_feats 8 --n_blocks 2 --n_layers 2 --pre_train weights.pt {channels} --epochs 1"
+    line = f"{TRAIN} --n_feats 8 --n_blocks 2 --n_layers 2 --pre_train weights.pt {masks} --epochs 1"
     line += " --lr 1e-12"  # too low to change a weight
     assert main(line.split()) == 0
     shutil.move("experiment/run", "experiment/one")

@@ -255,8 +255,9 @@ def test_a_run_that_begins_without_masks(folder):
     assert [float(row["active"]) == 1 for row in rows] == [True, False, False]
 
 
-def test_channel_masks_that_are_frozen_stay_as_they_are(folder, tiny):
-    line = f"{TRAIN} --pre_train weights.pt --revive_masks --freeze_channels --unmasked_epochs 1 --ema 0.9"
+@pytest.mark.parametrize("which", ["channels", "all"])
+def test_masks_that_are_frozen_stay_as_they_are(folder, tiny, which):
+    line = f"{TRAIN} --pre_train weights.pt --revive_masks --freeze_masks {which} --unmasked_epochs 1 --ema 0.9"
     run(f"{line} --epochs 2")
     shutil.move("experiment/run", "experiment/uninterrupted")
     run(f"{line} --epochs 1")
@@ -268,10 +269,18 @@ def test_channel_masks_that_are_frozen_stay_as_they_are(folder, tiny):
     for k, block in enumerate(tiny.blocks):
         trained, before = theirs[f"blocks.{k}.channel_logits"], block.channel_logits
         assert torch.equal(trained.sort(1).values, before.sort(1).values)  # in another order
-        assert not torch.equal(theirs[f"blocks.{k}.spatial_mask.5.bias"], block.spatial_mask.logits.bias)
-    assert mistake(f"{TRAIN} --freeze_channels").startswith("--freeze_channels: needs the masks of trained weights; ")
-    run(f"{TRAIN} --save sampled --epochs 1")
-    assert mistake("--load sampled --freeze_channels").startswith("--freeze_channels: the run trains its channel masks")
+        is_same = torch.equal(theirs[f"blocks.{k}.spatial_mask.5.bias"], block.spatial_mask.logits.bias)
+        assert is_same == (which == "all")
+        assert not torch.equal(theirs[f"blocks.{k}.collect.bias"], block.collect.bias)
+
+
+def test_masks_are_frozen_from_the_start_or_not_at_all(folder):
+    line = f"{TRAIN} --freeze_masks all"
+    assert mistake(line).startswith("--freeze_masks: needs the masks of trained weights; ")
+    run(f"{TRAIN} --epochs 1")
+    assert mistake("--load run --freeze_masks all").startswith("--freeze_masks all: the run trains all masks; ")
+    run(f"{line} --epochs 1 --save frozen --pre_train weights.pt")
+    assert mistake("--load frozen --freeze_masks channels").startswith("--freeze_masks channels: the run freezes all; ")
 
 
 def collapse_masks(path, modules):

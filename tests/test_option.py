@@ -169,7 +169,7 @@ def test_settings_are_filled_with_options_of_the_same_names():
         ("--decay 5-3", "--decay: '5-3' is not in increasing order"),
         ("--tau_min 2", "--tau_min 2.0: the temperature"),
         ("--model EDSR --unmasked_epochs 3", "--unmasked_epochs 3: EDSR has no masks"),
-        ("--model EDSR --freeze_channels", "--freeze_channels: EDSR has no masks"),
+        ("--model EDSR --freeze_masks all", "--freeze_masks: EDSR has no masks"),
         ("--split_batch 8 --batch_size 4", "--split_batch 8: exceeds --batch_size 4"),
         ("--decay 0", "--decay: '0' is not"),
         ("--decay a-b", "--decay: 'a' is not"),

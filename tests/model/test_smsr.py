@@ -187,7 +187,7 @@ def test_frozen_channel_masks_are_those_of_inference(counts, seed):
     for block in model.blocks:
         with_dense_channels(block, counts)
     frozen = copy.deepcopy(model)
-    frozen.freeze_channels()
+    frozen.freeze_masks(spatial=False)
     assert all(block.n_dense == counts for block in frozen.blocks)
     x, f, m = torch.rand(1, 3, 4, 6) * 255, torch.randn(2, 8, 4, 6), torch.rand(2, 1, 4, 6)
     torch.testing.assert_close(frozen.masked_forward(x), model.masked_forward(x), rtol=1e-4, atol=1e-3)
@@ -202,11 +202,22 @@ def test_frozen_channel_masks_are_those_of_inference(counts, seed):
         torch.testing.assert_close(thrifty, full, rtol=1e-4, atol=1e-4)
 
 
-def test_freezing_channel_masks_again_changes_nothing():
+def test_with_all_masks_frozen_training_computes_what_inference_does():
+    model, x = SMSR(2, n_feats=8, n_blocks=2), torch.rand(2, 3, 6, 8) * 255
+    model.freeze_masks(spatial=True)
+    sr, masks = model.training_forward(x, tau=0.4)
+    assert torch.equal(sr, model.masked_forward(x))
+    assert all(m.unique().tolist() in ([0, 1], [0], [1]) for m, _ in masks)
+    sr.mean().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == ("spatial_mask" in name or "channel_logits" in name)
+
+
+def test_freezing_masks_again_changes_nothing():
     model = SMSR(2, n_feats=8, n_blocks=2)
-    model.freeze_channels()
+    model.freeze_masks(spatial=True)
     before = copy.deepcopy(model.state_dict())
-    model.freeze_channels()
+    model.freeze_masks(spatial=True)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
 
