@@ -237,11 +237,11 @@ def compare_runs(runs: Mapping[str, tuple[Sequence[float], Sequence[float], Sequ
     _style_axes(time, "quality over time", "hours", label)
     _style_axes(share, "quality and work", "active share", "")
     for position, (name, (hours, shares, quality)) in enumerate(runs.items()):
-        name = name.replace("$", r"\$").lstrip("_")  # which mean mathematics and no legend
+        name = name.replace("$", r"\$").lstrip("_")  # to Matplotlib, mathematics and an entry to hide
         style = {"color": COLORS[position % len(COLORS)], "linestyle": LINE_STYLES[position % len(LINE_STYLES)]}
         for axes, values in ((time, hours), (share, shares)):
             axes.plot(values, quality, marker="o", markevery=[-1], label=name, **style)
-    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", fontsize="small", frameon=False)
+    _legend_below(figure)
     return figure
 
 

@@ -9,7 +9,7 @@ dense; tau is the temperature of the Gumbel-softmax.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,7 @@ class MaskBranch(nn.Sequential):
 class SMM(nn.Module):
     """Sparse mask module (paper section 3.2, fig. 3): L sparse mask convolutions, their 1x1 collection, attention."""
 
-    n_dense: list[int] | None = None  # dense channels of each layer, if the channel masks are frozen
+    n_dense: Sequence[int] | None = None  # dense channels of each layer, if the channel masks are frozen
     has_frozen_spatial_mask = False
 
     def __init__(self, n_feats: int = 64, n_layers: int = 4):
@@ -104,8 +104,7 @@ class SMM(nn.Module):
     def sample_masks(self, x: torch.Tensor, tau: float | torch.Tensor) -> Masks:
         """Masks for training, in 0...1: m (N, 1, H, W) from the features x (N, C, H, W), and c (1, C, L)."""
         if self.has_frozen_spatial_mask:
-            with torch.no_grad():
-                m = self.hard_spatial_mask(x).to(x.dtype)
+            m = self.hard_spatial_mask(x).to(x.dtype)
         else:
             m = gumbel_softmax(self.spatial_mask(x), tau, dim=1)[:, IMPORTANT:]
         if self.n_dense is None:
@@ -121,20 +120,27 @@ class SMM(nn.Module):
     def freeze_channels(self) -> None:
         """Train with the channel masks of inference from now on, which takes less work in `forward`.
 
-        The channels of each layer are put in the order dense, then sparse, which does not change the outputs. Weights
-        that are loaded later must have the same order.
+        The channels are reordered as by `dense_first`; weights that are loaded later must have the same order.
         """
-        is_dense = self.hard_channel_mask()
-        n_feats, input_order = len(is_dense), slice(None)
+        orders, weights, columns, self.n_dense = zip(*self.dense_first(), strict=True)
+        for layer, (order, conv, weight) in enumerate(zip(orders, self.convs, weights, strict=True)):
+            conv.weight.copy_(weight)
+            self.channel_logits[:, :, layer] = self.channel_logits[:, order, layer]
+        self.collect.weight.copy_(torch.cat(columns, 1))
+        self.channel_logits.requires_grad_(False)
+
+    def dense_first(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+        """Each layer with its channels in the order dense, then sparse, which does not change what the module computes.
+
+        Yields the order of the channels (C,), the weights (C, C, 3, 3) of the layer, its columns (C, C, 1, 1) of
+        `collect`, and the number of dense channels.
+        """
+        is_dense, before = self.hard_channel_mask(), slice(None)
+        columns = self.collect.weight.chunk(len(self.convs), 1)
         for layer, conv in enumerate(self.convs):
             order = is_dense[:, layer].int().argsort(descending=True, stable=True)
-            conv.weight.copy_(conv.weight[order][:, input_order])
-            self.channel_logits[:, :, layer] = self.channel_logits[:, order, layer]
-            columns = self.collect.weight[:, layer * n_feats : (layer + 1) * n_feats]
-            columns.copy_(columns[:, order])
-            input_order = order
-        self.channel_logits.requires_grad_(False)
-        self.n_dense = is_dense.sum(0).tolist()
+            yield order, conv.weight[order][:, before], columns[layer][:, order], int(is_dense[:, layer].sum())
+            before = order
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """The parameters on which only the masks depend."""

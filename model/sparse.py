@@ -153,13 +153,12 @@ class BlockPlan:
         _check_shape(f"{name}.collect.weight", block.collect.weight, (n_feats, n_feats * len(block.convs), 1, 1))
         collect = block.collect.weight.chunk(len(block.convs), 1)  # L of (C, C, 1, 1)
         self.layers = []
-        n_in, order_in = n_feats, torch.arange(n_feats, device=dense.device)  # the input is all dense
         for layer, conv in enumerate(block.convs):
             _check_shape(f"{name}.convs.{layer}.weight", conv.weight, (n_feats, n_feats, 3, 3))
-            order = torch.argsort(dense[:, layer].int(), descending=True, stable=True)  # dense channels first
-            n_out = int(dense[:, layer].sum())
-            self.layers.append(LayerPlan(conv.weight[order][:, order_in], collect[layer][:, order], n_in, n_out))
-            n_in, order_in = n_out, order
+        n_in = n_feats  # the input is all dense
+        for _, weight, columns, n_out in block.dense_first():
+            self.layers.append(LayerPlan(weight, columns, n_in, n_out))
+            n_in = n_out
         # The 1x1 collection of the D dense channels of all layers, for pixels that are not important.
         self.dense_weights = torch.cat([to_matrix(w[:, dense[:, i]]) for i, w in enumerate(collect)], 1)  # (C, D)
         self.n_dense = self.dense_weights.shape[1]

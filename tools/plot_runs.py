@@ -2,8 +2,8 @@
 
     python tools/plot_runs.py experiment/lambda_0.03 experiment/lambda_0.1 --set DIV2K --output runs.png
 
-Each run is a line through its epochs that ends in a dot. With --ema, PSNR and active share are those of the averaged
-weights. Hours count training steps only, without evaluation.
+Each run is one line with a dot at its last epoch. With --ema, the line shows the averaged weights. Hours count training
+steps only, not evaluation.
 """
 
 import itertools

@@ -151,7 +151,7 @@ class FusedResult(NamedTuple):
 
 
 class KernelBuilder(ThreadPoolExecutor):
-    """Compiles kernels and builds their launchers, which are in C, in threads, for the device of x."""
+    """Threads that compile kernels and build their C launchers, for the device of x."""
 
     def __init__(self, x: torch.Tensor):
         super().__init__(usable_processors())

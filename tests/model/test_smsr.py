@@ -188,7 +188,7 @@ def test_frozen_channel_masks_are_those_of_inference(counts, seed):
         with_dense_channels(block, counts)
     frozen = copy.deepcopy(model)
     frozen.freeze_masks(spatial=False)
-    assert all(block.n_dense == counts for block in frozen.blocks)
+    assert all(list(block.n_dense) == counts for block in frozen.blocks)
     x, f, m = torch.rand(1, 3, 4, 6) * 255, torch.randn(2, 8, 4, 6), torch.rand(2, 1, 4, 6)
     torch.testing.assert_close(frozen.masked_forward(x), model.masked_forward(x), rtol=1e-4, atol=1e-3)
     for ours, theirs in zip(frozen.blocks, model.blocks, strict=True):

@@ -1,19 +1,16 @@
-import csv
 import math
 
 import imageio.v3 as iio
 import pytest
 
 from program import InputError
+from summary import write_history
 from tools.plot_runs import find_measure, main, read_curve
 
 
 def write_log(folder, rows):
     folder.mkdir()
-    with open(folder / "log.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_history(folder, rows)
     return folder
 
 
