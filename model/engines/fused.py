@@ -59,12 +59,13 @@ def layer_warps(channels: int, tile: int, is_last: bool) -> int:
 
 
 def to_windows(weight: torch.Tensor, channels: int, outputs: int) -> torch.Tensor:
-    """Weights of a convolution (R, C, 3, 3) -> (16, channels, 4 outputs): a 4x4 window gives 2x2 pixels; padded."""
-    weight = weight.detach().permute(2, 3, 1, 0)  # (3, 3, C, R)
-    windows = weight.new_zeros(4, 4, channels, 2, 2, outputs)
+    """Weights of a convolution (R, C, K, K) -> ((K + 1)^2, channels, 4 outputs), padded, for 2x2 pixels at once."""
+    weight = weight.detach().permute(2, 3, 1, 0)  # (K, K, C, R)
+    size, _, n_in, n_out = weight.shape
+    windows = weight.new_zeros(size + 1, size + 1, channels, 2, 2, outputs)
     for y, x in itertools.product(range(2), repeat=2):
-        windows[y : y + 3, x : x + 3, : weight.shape[2], y, x, : weight.shape[3]] = weight
-    return windows.reshape(16, channels, 4 * outputs).contiguous()
+        windows[y : y + size, x : x + size, :n_in, y, x, :n_out] = weight
+    return windows.reshape((size + 1) ** 2, channels, 4 * outputs).contiguous()
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class FusedBlock:
         collect = [layer.collect_weight.detach().T for layer in plan.layers]
         self.collect = torch.stack([pad_to(weight, channels, channels) for weight in collect])  # (L, C, C)
         self.collect_bias = pad_to(block.collect.bias.detach(), channels)
+        self.n_dense = sum(layer.d_out for layer in self.layers)  # of all layers, padded
         self.dense_code = sum(layer.d_out << (8 * index) for index, layer in enumerate(self.layers))
         self._prepare_mask_branch(block.spatial_mask, channels)
         self._prepare_attention(block.attention, channels)
@@ -190,11 +192,12 @@ class FusedPlan:
         self.reduce_w = torch.stack([pad_to(weight, channels, channels) for weight in reduce])
         self.reduce_bias = pad_to(model.collect.reduce.bias.detach(), channels)
         tail, self.tail_k = model.tail.conv, pad_size(n_colors * scale**2)
-        self.tail_w = pad_to(to_taps(tail.weight), channels, self.tail_k)
-        self.tail_bias = pad_to(tail.bias.detach(), self.tail_k)
-        bicubic = bicubic_weights(scale, n_colors).flatten(1).T.to(model.device)  # (25 n_colors, n_colors scale^2)
+        self.tail_w = to_windows(tail.weight, channels, self.tail_k)
+        self.tail_bias = pad_to(tail.bias.detach(), self.tail_k).repeat(4)
+        bicubic = to_windows(bicubic_weights(scale, n_colors), n_colors, self.tail_k)  # (36, n_colors, 4 tail_k)
+        bicubic = bicubic.transpose(0, 1).flatten(0, 1).to(model.device)
         self.taps = 16 * triton.cdiv(len(bicubic), 16)
-        bicubic = pad_to(bicubic, self.taps, self.tail_k)
+        bicubic = pad_to(bicubic, self.taps, 4 * self.tail_k)
         rounded = bicubic.to(model.tail.conv.weight.dtype)
         self.bicubic = torch.stack([rounded, (bicubic - rounded).to(rounded.dtype)])
         self._compiled: set[tuple] = set()  # variants of the kernels
@@ -210,14 +213,17 @@ class FusedPlan:
     @property
     def peak_maps(self) -> int:
         """Feature maps in memory at once."""
-        return len(self.blocks) + self.n_maps + 2
+        return len(self.blocks) + self.n_maps + 2 + triton.cdiv(self.n_dense, self.channels)
 
     @property
     def n_maps(self) -> int:
-        """Outputs of layers that are kept: those of the last one only where dense channels are among them."""
-        n_layers = len(self.blocks[0].layers)
-        last = any(block.layers[-1].d_out for block in self.blocks)
-        return max(n_layers if last else n_layers - 1, 2)
+        """Outputs of layers that are kept, all but the last; the reconstruction needs two maps."""
+        return max(len(self.blocks[0].layers) - 1, 2)
+
+    @property
+    def n_dense(self) -> int:
+        """Dense channels of all layers of a module, padded, at most."""
+        return max(block.n_dense for block in self.blocks)
 
     def needed_bytes(self, x: torch.Tensor) -> int:
         """The memory of the feature maps of a forward."""
@@ -261,13 +267,14 @@ class FusedPlan:
         run.first_conv(x, scratch, not_finite)
         run.conv(scratch, self.head_w, self.head_bias, add=None, out=head)
         maps = x.new_empty(self.n_maps, n, run.pixels, self.channels)
+        dense = x.new_empty(self.n_dense * n * run.pixels)
         features = x.new_empty(n_blocks, n, run.pixels, self.channels)
         f = head
         for k, block in enumerate(self.blocks):
             run.make_mask(block, f, masks[k], total[k])
             counters = Counters(total[k], finished[k], sums[k])
-            run.run_layers(block, f, maps, counters, y=scratch, factor=factors[k])
-            run.attend(block, f, maps, masks[k], y=scratch, factor=factors[k], out=features[k])
+            run.run_layers(block, f, maps, dense, counters, y=scratch, factor=factors[k])
+            run.attend(block, f, dense, masks[k], y=scratch, factor=factors[k], out=features[k])
             f = features[k]
         run.reduce(features, maps[0])
         run.conv(maps[0], self.fuse_w, self.fuse_bias, add=head, out=maps[1])
@@ -484,24 +491,40 @@ class _Run:
             **plan.options,
         )
 
-    def run_layers(self, block, f, maps, counters, y, factor):
-        """Run the layers of a module, collect the important pixels into the map y, and compute the attention."""
-        source = f
-        for index, layer in enumerate(block.layers):
+    def run_layers(self, block, f, maps, dense, counters, y, factor):
+        """Run the layers of a module, collect the important pixels into the map y, and compute the attention.
+
+        dense: room for the maps of the dense channels of all layers, one after the other
+        """
+        dense_maps = dense[: self.n * self.pixels * block.n_dense].split(
+            [self.n * self.pixels * layer.d_out for layer in block.layers]
+        )
+        source = source_dense = f
+        for index, (layer, out_dense) in enumerate(zip(block.layers, dense_maps, strict=True)):
             is_last = index == len(block.layers) - 1
-            out = maps[index] if layer.d_out or not is_last else None
+            out = y if is_last else maps[index]
             important = functools.partial(
-                self.important_layer, block, layer, source, maps, counters, y if is_last else out, factor, is_last
+                self.important_layer,
+                block,
+                layer,
+                source,
+                source_dense,
+                maps,
+                counters,
+                out,
+                out_dense,
+                factor,
+                is_last,
             )
-            dense = functools.partial(self.dense_layer, layer, source, out, counters, index)
+            dense_ = functools.partial(self.dense_layer, layer, source_dense, out_dense, counters, index)
             if not layer.d_out:
                 important()
             elif is_last:  # the attention needs all sums
-                dense()
+                dense_()
                 important()
             else:
-                run_both(dense, important)
-            source = out
+                run_both(dense_, important)
+            source, source_dense = out, out_dense
 
     def dense_layer(self, layer, source, out, counters, index):
         plan = self.plan
@@ -518,7 +541,6 @@ class _Run:
             self.height,
             self.width,
             counters.sums.stride(0),
-            C=plan.channels,
             D_IN=layer.d_in,
             D_OUT=layer.d_out,
             BM=self.tile,
@@ -527,12 +549,13 @@ class _Run:
             **plan.options,
         )
 
-    def important_layer(self, block, layer, source, maps, counters, out, factor, is_last):
+    def important_layer(self, block, layer, source, source_dense, maps, counters, out, out_dense, factor, is_last):
         plan = self.plan
         self.launch(
             kernels.important_layer,
             self.list_grid,
             source,
+            source_dense,
             maps,
             layer.w,
             block.collect,
@@ -541,6 +564,7 @@ class _Run:
             self.bits,
             counters.important,
             out,
+            out_dense,
             counters.sums,
             block.squeeze_w,
             block.squeeze_bias,
@@ -554,6 +578,7 @@ class _Run:
             C=plan.channels,
             R=block.squeezed,
             D_IN=layer.d_in,
+            D_OUT=layer.d_out,
             BM=self.tile,
             STAGES=self.stages,
             LAYERS=len(block.layers),
@@ -562,21 +587,21 @@ class _Run:
             num_warps=layer_warps(plan.channels, self.tile, is_last),
         )
 
-    def attend(self, block, f, maps, mask, y, factor, out):
+    def attend(self, block, f, dense, mask, y, factor, out):
         tile = min(self.tile, ATTEND_TILE)
         self.launch(
             kernels.attend,
             (triton.cdiv(self.pixels, tile), self.n),
             f,
             y,
-            maps,
+            dense,
             block.collect,
             block.collect_bias,
             mask,
             factor,
             out,
             self.pixels,
-            maps.stride(0),
+            self.n * self.pixels,
             C=self.plan.channels,
             BM=tile,
             LAYERS=len(block.layers),
@@ -599,15 +624,18 @@ class _Run:
             BLOCKS=len(plan.blocks),
             C=plan.channels,
             BM=REDUCE_TILE,
+            STAGES=self.stages,
             DOT=self.dot,
             **plan.options,
         )
 
     def reconstruct(self, source, x, sr):
         plan = self.plan
+        tile = self.pooled_tile if plan.tail_k <= 16 else 64
+        tiles = count_tiles(self.pooled_height, self.pooled_width, tile, kernels.POOLED_COLUMNS)
         self.launch(
             kernels.reconstruct,
-            self.grid,
+            (tiles, self.n),
             source,
             plan.tail_w,
             plan.tail_bias,
@@ -619,13 +647,16 @@ class _Run:
             *x.stride(),
             self.height,
             self.width,
+            self.pooled_height,
+            self.pooled_width,
             COLORS=plan.model.n_colors,
             SCALE=plan.model.scale,
             C=plan.channels,
+            CHUNK=min(plan.channels, 128 // x.element_size()),
             K=plan.tail_k,
             TAPS=plan.taps,
-            BM=self.tile,
-            STAGES=self.stages,
+            BM=tile,
+            STAGES=2,
             DOT=self.dot,
-            **plan.options,
+            num_warps=8,
         )

@@ -1,9 +1,10 @@
 """Triton kernels of the fused engine: they gather features while they multiply. fused.py calls them in order.
 
 Feature maps are (P, C) per image: one row per pixel, channels padded with zeros to C, a power of two of at least 16.
-In the map of a layer, dense channels come first. The row of an unimportant pixel is valid only in its dense channels,
-padded to a power of two: a load asks for "important, or a dense channel" and gets zeros elsewhere. Kernels run on a
-grid (tiles, images), `reduce` on all images at once. Names in capitals are compile-time constants.
+In the map of a layer, dense channels come first, and only the rows of important pixels are valid. The dense channels of
+all pixels are in a map of their own, (P, D), padded to a power of two. A load takes the row of an important pixel from
+the first map, and that of another pixel from the second, with zeros after it. Kernels run on a grid (tiles, images),
+`reduce` on all images at once. Names in capitals are compile-time constants.
 
     H, W      height and width of the features, even; the image may be one row or column smaller
     PH, PW    height and width of the pooled map, half as high and wide
@@ -89,27 +90,6 @@ def first_conv(
 
 
 @kernel
-def _convolve(
-    src, w, row, col, H, W, C: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr
-):
-    """conv 3x3 (C -> K) of the map `src` at BM pixels: (BM, K). Weights w: (9, C, K)."""
-    valid = (row < H) & (col < W)
-    p = row * W + col
-    c = tl.arange(0, C)
-    k = tl.arange(0, K)
-    acc = tl.zeros((BM, K), tl.float32)
-    for tap in tl.range(9, num_stages=STAGES):
-        dy = tap // 3 - 1
-        dx = tap % 3 - 1
-        inside = valid & (row + dy >= 0) & (row + dy < H) & (col + dx >= 0) & (col + dx < W)
-        at = (p + dy * W + dx)[:, None] * C + c[None, :]
-        a = tl.load(src + at, mask=inside[:, None], other=0.0)
-        b = tl.load(w + (tap * C + c[:, None]) * K + k[None, :])
-        acc = tl.dot(a, b, acc, input_precision=DOT)
-    return acc
-
-
-@kernel
 def conv3x3(
     src,
     w,
@@ -129,10 +109,19 @@ def conv3x3(
     src += n * H * W * C
     row, col = _tile(tl.program_id(0), W, BM=BM, COLUMNS=COLUMNS)
     valid = (row < H) & (col < W)
+    p = row * W + col
     c = tl.arange(0, C)
-    acc = _convolve(src, w, row, col, H, W, C=C, K=C, BM=BM, STAGES=STAGES, DOT=DOT)
+    acc = tl.zeros((BM, C), tl.float32)
+    for tap in tl.range(9, num_stages=STAGES):
+        dy = tap // 3 - 1
+        dx = tap % 3 - 1
+        inside = valid & (row + dy >= 0) & (row + dy < H) & (col + dx >= 0) & (col + dx < W)
+        at = (p + dy * W + dx)[:, None] * C + c[None, :]
+        a = tl.load(src + at, mask=inside[:, None], other=0.0)
+        b = tl.load(w + (tap * C + c[:, None]) * C + c[None, :])
+        acc = tl.dot(a, b, acc, input_precision=DOT)
     acc += tl.load(bias + c)[None, :].to(tl.float32)
-    at = n * H * W * C + (row * W + col)[:, None] * C + c[None, :]
+    at = n * H * W * C + p[:, None] * C + c[None, :]
     if ADD:
         acc += tl.load(add + at, mask=valid[:, None], other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=valid[:, None])
@@ -150,20 +139,23 @@ def _convolve_windows(
     W,
     STEP: tl.constexpr,
     C: tl.constexpr,
+    CHUNK: tl.constexpr,
     R: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """conv 3x3 (C -> R) and ReLU at 2x2 pixels each: the 4x4 window around them times weights (16, C, 4 R).
+    """conv 3x3 (C -> R) with bias at 2x2 pixels each: the 4x4 window around them times weights (16, C, 4 R).
 
-    The window of (py, px) starts at the row STEP py - 1 and the column STEP px - 1 of the map `src` (H, W, C).
+    The window of (py, px) starts at the row STEP py - 1 and the column STEP px - 1 of the map `src` (H, W, C). A step
+    multiplies CHUNK channels of one of its pixels.
     Returns (BM, 4 R), float32: the outputs of the pixels top left, top right, bottom left, bottom right.
     """
-    c = tl.arange(0, C)
     k = tl.arange(0, 4 * R)
     acc = tl.zeros((BM, 4 * R), tl.float32)
-    for tap in tl.range(16, num_stages=STAGES):
+    for step in tl.range(16 * (C // CHUNK), num_stages=STAGES):
+        tap = step // (C // CHUNK)
+        c = step % (C // CHUNK) * CHUNK + tl.arange(0, CHUNK)
         y = STEP * py - 1 + tap // 4
         x = STEP * px - 1 + tap % 4
         inside = valid & (y >= 0) & (y < H) & (x >= 0) & (x < W)
@@ -171,7 +163,7 @@ def _convolve_windows(
         a = tl.load(src + at, mask=inside[:, None], other=0.0)
         b = tl.load(w + (tap * C + c[:, None]) * 4 * R + k[None, :])
         acc = tl.dot(a, b, acc, input_precision=DOT)
-    return tl.maximum(acc + tl.load(bias + k)[None, :].to(tl.float32), 0.0)
+    return acc + tl.load(bias + k)[None, :].to(tl.float32)
 
 
 @kernel
@@ -195,8 +187,8 @@ def mask_pool(
     f += n * H * W * C
     py, px = _tile(tl.program_id(0), PW, BM=BM, COLUMNS=POOLED_COLUMNS)
     valid = (py < PH) & (px < PW)
-    acc = _convolve_windows(f, w, bias, py, px, valid, H, W, STEP=2, C=C, R=R, BM=BM, STAGES=STAGES, DOT=DOT)
-    pooled = tl.sum(tl.reshape(acc, (BM, 4, R)), 1) * 0.25
+    acc = _convolve_windows(f, w, bias, py, px, valid, H, W, STEP=2, C=C, CHUNK=C, R=R, BM=BM, STAGES=STAGES, DOT=DOT)
+    pooled = tl.sum(tl.reshape(tl.maximum(acc, 0.0), (BM, 4, R)), 1) * 0.25
     r = tl.arange(0, R)
     at = n * PH * PW * R + (py * PW + px)[:, None] * R + r[None, :]
     tl.store(out + at, pooled.to(out.dtype.element_ty), mask=valid[:, None])
@@ -232,10 +224,12 @@ def mask_decide(
     src += n * PH * PW * R
     py, px = _tile(t, PW, BM=BM, COLUMNS=POOLED_COLUMNS)
     valid = (py < PH) & (px < PW)
-    acc = _convolve_windows(src, w, bias, py, px, valid, PH, PW, STEP=1, C=R, R=R, BM=BM, STAGES=STAGES, DOT=DOT)
+    acc = _convolve_windows(
+        src, w, bias, py, px, valid, PH, PW, STEP=1, C=R, CHUNK=R, R=R, BM=BM, STAGES=STAGES, DOT=DOT
+    )
     k = tl.arange(0, 4 * R)
     inside = (py[:, None] + (k // (2 * R))[None, :] < PH) & (px[:, None] + (k // R % 2)[None, :] < PW)
-    acc = tl.where(inside, acc, 0.0)
+    acc = tl.where(inside, tl.maximum(acc, 0.0), 0.0)
     mask += n * 4 * PH * PW + 2 * py * W + 2 * px
     total = tl.zeros((BM,), tl.int32)
     for sub in tl.static_range(4):
@@ -312,13 +306,14 @@ def _collect(
     C: tl.constexpr,
     BM: tl.constexpr,
     LAYERS: tl.constexpr,
+    STAGES: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """The 1x1 convolution (LAYERS C -> C) of all layers at pixels p: (BM, C). f (BM, C): the last layer's output."""
     c = tl.arange(0, C)
     z = tl.zeros((BM, C), tl.float32) + tl.load(bias + c)[None, :].to(tl.float32)
     z = tl.dot(f, tl.load(w + ((LAYERS - 1) * C + c[:, None]) * C + c[None, :]), z, input_precision=DOT)
-    for j in tl.static_range(LAYERS - 1):
+    for j in tl.range(LAYERS - 1, num_stages=STAGES if C <= 64 else 2):
         a = tl.load(maps + j * stride + p[:, None] * C + c[None, :], mask=valid[:, None], other=0.0)
         z = tl.dot(a, tl.load(w + (j * C + c[:, None]) * C + c[None, :]), z, input_precision=DOT)
     return z
@@ -363,6 +358,7 @@ def _attention(
 @kernel
 def important_layer(
     src,
+    dense,
     maps,
     w,
     collect,
@@ -371,6 +367,7 @@ def important_layer(
     bits,
     total,
     out,
+    dense_out,
     sums,
     w1,
     b1,
@@ -384,6 +381,7 @@ def important_layer(
     C: tl.constexpr,
     R: tl.constexpr,
     D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
     LAYERS: tl.constexpr,
@@ -395,10 +393,11 @@ def important_layer(
     The LAST layer of a module does not store them: it collects all layers (1x1). The program that finishes last then
     computes the channel attention.
 
-    src       the map that this layer reads, with D_IN dense channels, padded; 0: none
+    src       the map that this layer reads
+    dense     the map (P, D_IN) of its dense channels; D_IN is 0 if there are none
     maps      the outputs of the layers, `stride` numbers apart
     w         (9, C, C); collect: (LAYERS, C, C); bias: (C,), all inputs first
-    out       the map that this layer writes
+    out       the map that this layer writes; dense_out: that of its dense channels, (P, D_OUT)
     sums      (N, LAYERS + 1, C) int64, as in `_attention`; the LAST layer adds its result
     factor    (N, C) float32, the attention
     finished  (N,) int64, number of programs that have finished, initially 0
@@ -414,6 +413,8 @@ def important_layer(
         valid = i < count
         p = tl.load(order + offset + i, mask=valid, other=0)
         around = tl.load(bits + offset + i, mask=valid, other=0)
+        src += offset * C
+        dense += offset * D_IN
         c = tl.arange(0, C)
         acc = tl.zeros((BM, C), tl.float32)
         for tap in tl.range(9, num_stages=STAGES):
@@ -421,7 +422,8 @@ def important_layer(
             important = ((around >> tap) & 1) != 0
             inside = ((around >> (tap + 9)) & 1) != 0
             keep = important[:, None] | (inside[:, None] & (c < D_IN)[None, :])
-            a = tl.load(src + offset * C + q[:, None] * C + c[None, :], mask=keep, other=0.0)
+            row = tl.where(important, src + q * C, dense + q * D_IN)
+            a = tl.load(row[:, None] + c[None, :], mask=keep, other=0.0)
             b = tl.load(w + (tap * C + c[:, None]) * C + c[None, :])
             acc = tl.dot(a, b, acc, input_precision=DOT)
         f = tl.maximum(acc, 0.0).to(out.dtype.element_ty)
@@ -429,7 +431,7 @@ def important_layer(
         at = p[:, None] * C + c[None, :]
         if LAST:
             maps += offset * C
-            z = _collect(f, maps, collect, bias, p, valid, stride, C=C, BM=BM, LAYERS=LAYERS, DOT=DOT)
+            z = _collect(f, maps, collect, bias, p, valid, stride, C=C, BM=BM, LAYERS=LAYERS, STAGES=STAGES, DOT=DOT)
             tl.store(out + at, z.to(out.dtype.element_ty), mask=valid[:, None])
             sums += n * (LAYERS + 1) * C
             _add_to_sums(sums + LAYERS * C + c, z, valid)
@@ -440,6 +442,9 @@ def important_layer(
                 tl.store(factor + n * C + c, attention)
         else:
             tl.store(out + at, f, mask=valid[:, None])
+            if D_OUT > 0:
+                at = dense_out + offset * D_OUT + p[:, None] * D_OUT + c[None, :]
+                tl.store(at, f, mask=valid[:, None] & (c < D_OUT)[None, :])
 
 
 @kernel
@@ -461,7 +466,6 @@ def dense_layer(
     H,
     W,
     sums_stride,
-    C: tl.constexpr,
     D_IN: tl.constexpr,
     D_OUT: tl.constexpr,
     BM: tl.constexpr,
@@ -470,6 +474,7 @@ def dense_layer(
 ):
     """A sparse mask convolution at the other pixels: dense outputs from dense inputs, and ReLU.
 
+    src   the map (P, D_IN) of the dense inputs; out: that of the dense outputs, (P, D_OUT)
     w     (9, D_IN, D_OUT), padded
     sums  (N, C) int64, `sums_stride` numbers apart: the sums of the outputs over these pixels
     """
@@ -482,17 +487,18 @@ def dense_layer(
         valid = i < count
         p = tl.load(order + offset + H * W - 1 - i, mask=valid, other=0)
         around = tl.load(bits + offset + H * W - 1 - i, mask=valid, other=0)
+        src += offset * D_IN
         ci = tl.arange(0, D_IN)
         co = tl.arange(0, D_OUT)
         acc = tl.zeros((BM, D_OUT), tl.float32)
         for tap in tl.range(9, num_stages=STAGES):
             q = p + (tap // 3 - 1) * W + tap % 3 - 1
             inside = ((around >> (tap + 9)) & 1) != 0
-            a = tl.load(src + offset * C + q[:, None] * C + ci[None, :], mask=inside[:, None], other=0.0)
+            a = tl.load(src + q[:, None] * D_IN + ci[None, :], mask=inside[:, None], other=0.0)
             b = tl.load(w + (tap * D_IN + ci[:, None]) * D_OUT + co[None, :])
             acc = tl.dot(a, b, acc, input_precision=DOT)
         f = tl.maximum(acc, 0.0).to(out.dtype.element_ty)
-        tl.store(out + offset * C + p[:, None] * C + co[None, :], f, mask=valid[:, None])
+        tl.store(out + offset * D_OUT + p[:, None] * D_OUT + co[None, :], f, mask=valid[:, None])
         _add_to_sums(sums + n * sums_stride + co, f, valid)
 
 
@@ -500,7 +506,7 @@ def dense_layer(
 def attend(
     f,
     y,
-    maps,
+    dense,
     collect,
     bias,
     mask,
@@ -518,6 +524,8 @@ def attend(
 
     Collect (LAYERS, C, C), bias (C,) and factor (N, C) are as in `important_layer`.
 
+    dense   the maps (N, P, D) of the dense channels of all layers, one after the other
+    stride  N P
     DENSE   dense channels of each layer, padded, 8 bits per layer
     """
     n = tl.program_id(1).to(tl.int64)
@@ -531,9 +539,10 @@ def attend(
     for j in tl.static_range(LAYERS):
         if (DENSE >> (8 * j)) & 255 > 0:
             i = tl.arange(0, (DENSE >> (8 * j)) & 255)
-            a = tl.load(maps + j * stride + (n * P + p)[:, None] * C + i[None, :], mask=other, other=0.0)
+            a = tl.load(dense + (n * P + p)[:, None] * ((DENSE >> (8 * j)) & 255) + i[None, :], mask=other, other=0.0)
             b = tl.load(collect + (j * C + i[:, None]) * C + c[None, :])
             z = tl.dot(a, b, z, input_precision=DOT)
+            dense += stride * ((DENSE >> (8 * j)) & 255)
     at = (n * P + p)[:, None] * C + c[None, :]
     z = tl.where(important[:, None], tl.load(y + at, mask=important[:, None], other=0.0).to(tl.float32), z)
     v = tl.load(f + at, mask=valid[:, None], other=0.0).to(tl.float32) + z * tl.load(factor + n * C + c)[None, :]
@@ -542,7 +551,17 @@ def attend(
 
 @kernel
 def reduce(
-    features, w, bias, out, P, stride, BLOCKS: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr
+    features,
+    w,
+    bias,
+    out,
+    P,
+    stride,
+    BLOCKS: tl.constexpr,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
 ):
     """The 1x1 convolution (BLOCKS C -> C) of the outputs of all modules, `stride` numbers apart, and its ReLU."""
     p = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -551,7 +570,7 @@ def reduce(
     at = p[:, None] * C + c[None, :]
     stride = tl.cast(stride, tl.int64)
     z = tl.zeros((BM, C), tl.float32) + tl.load(bias + c)[None, :].to(tl.float32)
-    for k in tl.static_range(BLOCKS):
+    for k in tl.range(BLOCKS, num_stages=STAGES):
         a = tl.load(features + k * stride + at, mask=valid, other=0.0)
         b = tl.load(w + k * C * C + c[:, None] * C + c[None, :])
         z = tl.dot(a, b, z, input_precision=DOT)
@@ -574,9 +593,12 @@ def reconstruct(
     sw,
     H,
     W,
+    PH,
+    PW,
     COLORS: tl.constexpr,
     SCALE: tl.constexpr,
     C: tl.constexpr,
+    CHUNK: tl.constexpr,
     K: tl.constexpr,
     TAPS: tl.constexpr,
     BM: tl.constexpr,
@@ -585,30 +607,34 @@ def reconstruct(
 ):
     """conv 3x3 (C -> K), pixel shuffle, plus the bicubically upsampled image; K: COLORS SCALE^2, padded.
 
-    Upsampling is a 5x5 convolution of the image before the shuffle.
+    Upsampling is a 5x5 convolution of the image before the shuffle. Both take 2x2 pixels each, as products with 4x4 and
+    6x6 windows.
 
-    bicubic (2, TAPS, K): its weights, each as a sum of two numbers; TAPS: 25 COLORS, padded
+    w       (16, C, 4 K), as in `_convolve_windows`
+    bicubic (2, TAPS, 4 K): its weights, each as a sum of two numbers; TAPS: 36 COLORS, padded
     sr      (N, COLORS, SCALE height, SCALE width)
     """
     n = tl.program_id(1).to(tl.int64)
     src += n * H * W * C
-    row, col = _tile(tl.program_id(0), W, BM=BM, COLUMNS=COLUMNS)
-    valid = (row < H) & (col < W)
-    k = tl.arange(0, K)
-    acc = _convolve(src, w, row, col, H, W, C=C, K=K, BM=BM, STAGES=STAGES, DOT=DOT)
-    acc += tl.load(bias + k)[None, :].to(tl.float32)
+    py, px = _tile(tl.program_id(0), PW, BM=BM, COLUMNS=POOLED_COLUMNS)
+    valid = (py < PH) & (px < PW)
+    acc = _convolve_windows(
+        src, w, bias, py, px, valid, H, W, STEP=2, C=C, CHUNK=CHUNK, R=K, BM=BM, STAGES=STAGES, DOT=DOT
+    )
+    k = tl.arange(0, 4 * K)
     for start in tl.range(0, TAPS, 16, num_stages=1):
         tap = start + tl.arange(0, 16)
-        y = row[:, None] + (tap % 25 // 5 - 2)[None, :]
-        z = col[:, None] + (tap % 5 - 2)[None, :]
-        keep = valid[:, None] & (tap < 25 * COLORS)[None, :]
-        v = _load_image(x, n, (tap // 25)[None, :], y, z, height, width, sn, sc, sh, sw, keep)
-        at = bicubic + tap[:, None] * K + k[None, :]
+        y = 2 * py[:, None] + (tap % 36 // 6 - 2)[None, :]
+        z = 2 * px[:, None] + (tap % 6 - 2)[None, :]
+        keep = valid[:, None] & (tap < 36 * COLORS)[None, :]
+        v = _load_image(x, n, (tap // 36)[None, :], y, z, height, width, sn, sc, sh, sw, keep)
+        at = bicubic + tap[:, None] * 4 * K + k[None, :]
         acc = tl.dot(v, tl.load(at), acc, input_precision="ieee")
         if x.dtype.element_ty != tl.float32:
-            acc = tl.dot(v, tl.load(at + TAPS * K), acc, input_precision="ieee")
-    color, sub = k // (SCALE * SCALE), k % (SCALE * SCALE)
-    line = (n * COLORS + color)[None, :] * (SCALE * height) + SCALE * row[:, None] + (sub // SCALE)[None, :]
-    at = line * (SCALE * width) + SCALE * col[:, None] + (sub % SCALE)[None, :]
-    keep = (valid & (row < height) & (col < width))[:, None] & (k < COLORS * SCALE * SCALE)[None, :]
+            acc = tl.dot(v, tl.load(at + TAPS * 4 * K), acc, input_precision="ieee")
+    row, col = 2 * py[:, None] + (k // (2 * K))[None, :], 2 * px[:, None] + (k // K % 2)[None, :]
+    color, sub = (k % K // (SCALE * SCALE))[None, :], (k % K % (SCALE * SCALE))[None, :]
+    line = (n * COLORS + color) * (SCALE * height) + SCALE * row + sub // SCALE
+    at = line * (SCALE * width) + SCALE * col + sub % SCALE
+    keep = valid[:, None] & (row < height) & (col < width) & (color < COLORS)
     tl.store(sr + at, acc.to(sr.dtype.element_ty), mask=keep)

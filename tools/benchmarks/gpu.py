@@ -5,7 +5,8 @@
 First its results are compared with the masked reference, over extreme masks and channel splits, in every precision; the
 exit code is 1 if one is wrong. Trainings that are resumed, or run without a CUDA graph, are compared with those that
 are not, bit for bit.
-Then inference is timed against the unmasked network. All times are medians in milliseconds of calls that take turns.
+Then inference is timed against the unmasked network. All times are medians in milliseconds. The networks take turns; in
+its turn, each is called several times in a row, as for the frames of a video.
 
     unmasked        the same network without masks in its fastest form that PyTorch runs as it is, channels-last
     unmasked_graph  the same in a CUDA graph
@@ -14,9 +15,10 @@ Then inference is timed against the unmasked network. All times are medians in m
     fused_graph     the fused engine in a CUDA graph, as `model.inference` runs it from the second call on
     speedup         unmasked_graph / fused_graph
     over_compiled   compiled_graph / fused_graph
-    launches        kernels per forward of `fused`; waits: whether a forward waits for the device
+    waits           whether a forward waits for the device
 
-Finally, training steps, and whole epochs with their data, are timed as `benchmark.py train` does.
+Training steps, and whole epochs with their data, are timed as `benchmark.py train` does. Finally the kernels of a
+forward are counted.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import functools
 import itertools
 import multiprocessing
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -52,6 +54,8 @@ SPLITS = ((), (0, 0, 0, 0), (64, 64, 64, 64), (1, 0, 1, 0), (0, 64, 0, 64), (63,
 DENSITIES = (0.0, 0.3, 1.0)
 N_CHECKED_STEPS = 16  # of a training; from the fourth of each kind on they are replayed as a CUDA graph
 N_UNMASKED_STEPS = 6  # of these, the first ones
+N_CALLS = 8  # in a row, of one image
+TOLERANCES = {"tf32": 10}  # times the error of the masked computation, else 4
 TRAINING = ("--precision", "bf16", "--compile", "--epochs", "3")  # of the size of the paper's
 COLUMNS = ("unmasked", "unmasked_graph", "compiled_graph", "fused", "fused_graph", "speedup", "over_compiled")
 
@@ -92,15 +96,17 @@ def run(args: argparse.Namespace) -> int:
     for row in rows:
         times = "".join(f" {row[name]:14.3f}" for name in COLUMNS)
         print(f"{row['size']:>14} {row['density']:8.2f}{times} {row['peak_mib']:14.0f}")
-    print(f"launches {rows[0]['launches']}, waits: {any(row['waits'] for row in rows)}")
+    waits = any(row["waits"] for row in rows)
     say("timing training")
     training = measure_training(device)
+    launches = count_launches(half, SIZES[0])  # last: the profiler slows graphs with branches down from then on
+    print(f"a forward launches {launches} kernels and waits for the device: {waits}")
     if args.json:
         versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
         card = torch.cuda.get_device_name()
-        results = {"checks": checks, "inference": rows, "training": training}
+        results = {"checks": checks, "inference": rows, "training": training, "launches": launches}
         write_json(args.json, {"card": card, "versions": versions} | results)
-    return 1 if wrong or any(row["waits"] for row in rows) else 0
+    return 1 if wrong or waits else 0
 
 
 def check_all(
@@ -132,7 +138,8 @@ def check_results(
     """Compare an engine with the masked reference; "right" tells whether a result is within its tolerance.
 
     The reference is computed in float32. A rounded mask may differ in pixels on its edge, so a result in low precision
-    is right if its mean difference is at most 0.005 plus 4 times what the masked computation in this precision has.
+    is right if its mean difference is at most 0.005 plus 4 times what the masked computation in this precision has; 10
+    times in TF32, to which PyTorch rounds while Triton cuts off.
     """
     height, width = size
     image = mirrored_photograph(2 * height, width, model.n_colors).reshape(2, height, width, model.n_colors)
@@ -146,7 +153,8 @@ def check_results(
         _allow_tf32(precision == "tf32")
         case = case.to(PRECISIONS[precision])
         x = case.to_input(image)
-        allowed = 4 * (case.masked_forward(x).float() - expected).abs().mean().item() + 0.005
+        error = (case.masked_forward(x).float() - expected).abs().mean().item()
+        allowed = TOLERANCES.get(precision, 4) * error + 0.005
         difference = (case.inference(x, "sparse")[0].float() - expected).abs().mean().item()
         check = {"split": split, "density": density, "precision": precision}
         check |= {"mean_difference": difference, "allowed": allowed}
@@ -220,13 +228,12 @@ def with_dense_channels(model: SMSR, split: tuple[int, ...]) -> SMSR:
 
 @torch.inference_mode()
 def measure(model: SMSR, size: tuple[int, int, int], repeats: int, density: float | None = None) -> dict[str, object]:
-    """The times of N images of H x W pixels, and what a forward of the fused engine launches and needs.
+    """The times of N images of H x W pixels, and the memory that the fused engine needs.
 
     density: of all masks; None: as they are
     """
     n, height, width = size
-    image = mirrored_photograph(height, width, model.n_colors)
-    x = model.to_input(np.repeat(image[None], n, axis=0))
+    x = photographs(model, size)
     model = model if density is None else with_density(model, x, density)
     model.use_engine("fused")
     _, cost = model.inference(x)
@@ -242,7 +249,9 @@ def measure(model: SMSR, size: tuple[int, int, int], repeats: int, density: floa
         "fused": functools.partial(fused, x),
         "fused_graph": functools.partial(model.inference, x),
     }
-    times = timed(calls, x.device, repeats)
+    in_a_row = max(1, N_CALLS // n)
+    times = timed({name: functools.partial(repeat, call, in_a_row) for name, call in calls.items()}, x.device, repeats)
+    times = {name: time / in_a_row for name, time in times.items()}
     return {
         "size": f"{n}x{height}x{width}",
         "density": sum(cost.mask_density) / len(cost.mask_density),
@@ -250,15 +259,29 @@ def measure(model: SMSR, size: tuple[int, int, int], repeats: int, density: floa
         "speedup": times["unmasked_graph"] / times["fused_graph"],
         "over_compiled": times["compiled_graph"] / times["fused_graph"],
         "peak_mib": peak_mib(calls["fused"], x.device),
-        "launches": count_launches(calls["fused"]),
         "waits": waits_for_device(calls["fused_graph"]),
     }
 
 
-def count_launches(call: functools.partial) -> int:
-    """The kernels and copies that a call starts on the GPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+def photographs(model: SMSR, size: tuple[int, int, int]) -> torch.Tensor:
+    """N copies of a photograph of H x W pixels, as an input of the network."""
+    n, height, width = size
+    return model.to_input(np.repeat(mirrored_photograph(height, width, model.n_colors)[None], n, axis=0))
+
+
+def repeat(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
         call()
+
+
+@torch.inference_mode()
+def count_launches(model: SMSR, size: tuple[int, int, int]) -> int:
+    """The kernels that a forward of the fused engine starts, fills of memory included."""
+    x = photographs(model, size)
+    model.use_engine("fused")
+    model.inference(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        model._engine.fused(x)
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 

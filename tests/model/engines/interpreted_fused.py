@@ -137,10 +137,11 @@ def test_tiles_and_the_masked_dense_mode_run_by_the_plain_plan(monkeypatch):
         assert engine.reported == reported
 
 
-@pytest.mark.parametrize(("n_feats", "expected"), [(16, 7), (48, 10), (144, 8)])
-def test_the_memory_check_knows_the_maps_of_the_engine(n_feats, expected):
-    model = SMSR(2, n_feats=n_feats, n_blocks=2, n_layers=2).eval()
-    assert FusedEngine(Plan(model)).peak_maps == expected  # 2 features, 2 layers, 2 more, and one; padded to 64; plain
+# 2 features, 2 layers, 2 more, dense channels, and one; the second padded from 8 to 11 maps; the last runs plainly
+@pytest.mark.parametrize(("n_feats", "dense", "expected"), [(16, 16, 9), (48, 20, 11), (144, 20, 8)])
+def test_the_memory_check_knows_the_maps_of_the_engine(n_feats, dense, expected):
+    model = build((dense, dense), n_feats=n_feats, n_blocks=2)
+    assert FusedEngine(Plan(model)).peak_maps == expected
 
 
 def test_what_the_engine_cannot_run_falls_back_with_one_log_line(caplog, monkeypatch):

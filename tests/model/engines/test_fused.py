@@ -31,7 +31,7 @@ NUMBERS = ("H", "W", "PH", "PW", "P", "height", "width", "sn", "sc", "sh", "sw",
 ATTENTION = ("w1", "b1", "w2", "b2")
 SIZES = {"C": 64, "STAGES": STAGES, "DOT": "tf32"}
 DENSE = 32 | 16 << 8 | 16 << 16  # dense channels of the layers of the published x2 weights, padded
-LAYER = {"LAYERS": 4, "R": 4}
+LAYER = {"LAYERS": 4, "R": 4, "D_OUT": 16}
 
 
 def test_in_the_interpreter():
@@ -95,7 +95,7 @@ def test_important_layers_are_pipelined_on_tensor_cores(tile, last, d_in, dtype,
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(("d_in", "d_out"), [(64, 32), (32, 16), (16, 16)])
 def test_dense_layers_are_pipelined_on_tensor_cores(d_in, d_out, architecture, tmp_path):
-    constants = SIZES | {"BM": 128, "D_IN": d_in, "D_OUT": d_out}
+    constants = {"STAGES": STAGES, "DOT": "tf32", "BM": 128, "D_IN": d_in, "D_OUT": d_out}
     assert_fast(compile_ahead(kernels.dense_layer, constants, architecture), architecture, tmp_path, few_channels=True)
 
 
@@ -103,7 +103,7 @@ def test_dense_layers_are_pipelined_on_tensor_cores(d_in, d_out, architecture, t
 def test_the_largest_kernels_fit(architecture, tmp_path):
     tile, stages = TILES[128, 2]
     constants = {"C": 128, "BM": tile, "LAYERS": 4, "DOT": "tf32"}
-    layer_constants = constants | {"R": 8, "STAGES": stages, "LAST": True, "D_IN": 64}
+    layer_constants = constants | {"R": 8, "STAGES": stages, "LAST": True, "D_IN": 64, "D_OUT": 0}
     layer = compile_ahead(kernels.important_layer, layer_constants, architecture, float32=ATTENTION, num_warps=8)
     assert_fast(layer, architecture, tmp_path)
     attend_constants = constants | {"DENSE": 128 | 64 << 8 | 32 << 16}
@@ -127,14 +127,20 @@ def test_float32_fits(channels, architecture):
     ("name", "constants", "options"),
     [
         ("conv3x3", {"ADD": True}, {"num_warps": 8}),
-        ("reconstruct", {"COLORS": 3, "SCALE": 2, "K": 16, "TAPS": 80}, {}),
-        ("reconstruct", {"COLORS": 3, "SCALE": 4, "K": 64, "TAPS": 80}, {}),
         ("mask_pool", {"R": 16, "STAGES": 2}, {}),
+        ("reduce", {"BLOCKS": 5}, {}),
     ],
 )
 def test_convolutions_are_pipelined_on_tensor_cores(name, constants, options, tile, architecture, tmp_path):
     built = compile_ahead(getattr(kernels, name), SIZES | {"BM": tile} | constants, architecture, **options)
     assert_fast(built, architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(("scale", "k", "tile"), [(2, 16, 128), (2, 16, 32), (3, 32, 64), (4, 64, 64)])
+def test_the_reconstruction_is_pipelined_on_tensor_cores(scale, k, tile, architecture, tmp_path):
+    constants = SIZES | {"BM": tile, "STAGES": 2, "COLORS": 3, "SCALE": scale, "K": k, "TAPS": 112, "CHUNK": 64}
+    assert_fast(compile_ahead(kernels.reconstruct, constants, architecture, num_warps=8), architecture, tmp_path)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -146,7 +152,6 @@ def test_convolutions_are_pipelined_on_tensor_cores(name, constants, options, ti
         ("kernel_map", {"BM": 128}, (), {}),
         ("attend", {"C": 64, "BM": ATTEND_TILE, "LAYERS": 4, "DENSE": DENSE, "DOT": "tf32"}, (), {}),
         ("attend", {"C": 64, "BM": ATTEND_TILE, "LAYERS": 4, "DENSE": 0, "DOT": "tf32"}, (), {}),
-        ("reduce", {"BLOCKS": 5, "C": 64, "BM": 64, "DOT": "tf32"}, (), {}),
     ],
 )
 def test_other_kernels_do_not_spill(name, constants, float32, options, architecture, tmp_path):
