@@ -273,16 +273,15 @@ def kernel_map(mask, counts, order, bits, total, H, W, PH, PW, BM: tl.constexpr)
     py, px = _tile(t, PW, BM=BM, COLUMNS=POOLED_COLUMNS)
     valid = (py < PH) & (px < PW)
     last = 4 * _pixels_before(t, PH, PW, BM=BM) - first  # other pixels before this tile
+    tap = tl.arange(0, 16)[None, :]
     for sub in tl.static_range(4):
         row, col = 2 * py + sub // 2, 2 * px + sub % 2
         p = row * W + col
-        found = tl.zeros((BM,), tl.int32)
-        for tap in tl.static_range(9):
-            y = row + tap // 3 - 1
-            x = col + tap % 3 - 1
-            inside = valid & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-            important = tl.load(mask + y * W + x, mask=inside, other=0).to(tl.int32)
-            found = found | (important << tap) | (inside.to(tl.int32) << (tap + 9))
+        y = row[:, None] + tap // 3 - 1
+        x = col[:, None] + tap % 3 - 1
+        inside = valid[:, None] & (tap < 9) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        important = tl.load(mask + y * W + x, mask=inside, other=0).to(tl.int32)
+        found = tl.sum((important << tap) | (inside.to(tl.int32) << (tap + 9)), 1)  # of bits that differ
         m = ((found >> 4) & 1) * valid.to(tl.int32)
         o = valid.to(tl.int32) - m
         front = first + tl.cumsum(m, 0) - m
