@@ -1,10 +1,11 @@
-"""Make the pictures of README.md, of the model card and the curves of the released runs, with the commands given there.
+"""Make the pictures of README.md and of the model card, and the curves of the released runs.
 
     python tools/make_figures.py
 
-This writes docs/masks.png, channels.png, comparison.png, limits.png and report.png, and the curves in
-experiment/released/. The picture of the report needs selenium, chromium and chromedriver; without them it is left as it
-is, and the exit code is 1. docs/density.png is a measurement, which tools/benchmark.py --plot makes.
+The commands are those of README.md. This writes docs/masks.png, channels.png, comparison.png, limits.png and
+report.png, and the curves in experiment/released/. The picture of the report needs selenium, chromium and
+chromedriver; without them it is left as it is, and the exit code is 1. docs/density.png is a measurement, which
+tools/benchmark.py --plot makes.
 """
 
 import shutil
