@@ -1,10 +1,11 @@
-"""Make the pictures of README.md and the curves of the released runs, with the commands that README.md gives.
+"""Make the pictures of README.md and of the model card, and the curves of the released runs.
 
     python tools/make_figures.py
 
-This writes docs/masks.png, channels.png, comparison.png and report.png, and the curves in experiment/released/. The
-picture of the report needs selenium, chromium and chromedriver; without them it is left as it is, and the exit code
-is 1. docs/density.png is a measurement, which tools/benchmark.py --plot makes.
+The commands are those of README.md. This writes docs/masks.png, channels.png, comparison.png, limits.png and
+report.png, and the curves in experiment/released/. The picture of the report needs selenium, chromium and
+chromedriver; without them it is left as it is, and the exit code is 1. docs/density.png is a measurement, which
+tools/benchmark.py --plot makes.
 """
 
 import shutil
@@ -13,6 +14,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -23,6 +26,7 @@ from summary import read_history, write_curves
 ROOT = Path(__file__).resolve().parent.parent
 RELEASED = ROOT / "experiment/released"
 SAMPLE = ROOT / "testsets/benchmark/Sample"
+LIMITS_WIDTH = 640  # pixels; keeps the file below 300 KB
 REPORT_SIZE = (1280, 1110)  # CSS pixels: the table and the first image
 
 
@@ -52,8 +56,14 @@ def draw(folder: Path, output: Path) -> int:
     results = folder / "experiment/masks_X2/results-Sample-x2"
     shutil.copyfile(results / "astronaut_x2_masks.png", output / "masks.png")
     run(folder, "tools/plot_masks.py", "--pre_train", weights, "--output", output / "channels.png")
-    methods = ["--methods", "bicubic", weights, "hr", "--output", output / "comparison.png"]
-    run(folder, "tools/compare.py", "--image", SAMPLE / "HR/astronaut.png", "--crop", "190,296,96,84", *methods)
+    methods = ["--methods", "bicubic", weights, "hr"]
+    for name, image, crop, target in (
+        ("comparison.png", "astronaut", "190,296,96,84", output),
+        ("limits.png", "chelsea", "150,170,72,48", folder),
+    ):
+        where = ["--image", SAMPLE / f"HR/{image}.png", "--crop", crop]
+        run(folder, "tools/compare.py", *where, *methods, "--output", target / name)
+    reduce(folder / "limits.png", output / "limits.png", LIMITS_WIDTH)
     run(folder, "tools/report.py", "experiment/masks_X2")
     try:
         photograph(folder / "experiment/masks_X2/report.html", output / "report.png")
@@ -69,6 +79,14 @@ def run(folder: Path, program: str, *arguments: object) -> None:
     done = subprocess.run([sys.executable, ROOT / program, *map(str, arguments)], cwd=folder, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise InputError(f"{program}: failed with exit code {done.returncode}; see its message above")
+
+
+def reduce(source: Path, target: Path, width: int) -> None:
+    """Write the picture `source` to `target`, `width` pixels wide."""
+    with Image.open(source) as image:
+        height = round(image.height * width / image.width)
+        reduced = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    reduced.save(target, optimize=True)
 
 
 def photograph(page: Path, target: Path) -> None:
