@@ -187,7 +187,8 @@ class Experiment:
 
     def save_weights(self, which: str | int, state_dict: dict[str, torch.Tensor]) -> None:
         self._check_folder()
-        save_torch(self.weights_path(which), state_dict)
+        # On the CPU, so that every torch.load can read the file, also where there is no GPU.
+        save_torch(self.weights_path(which), {name: tensor.cpu() for name, tensor in state_dict.items()})
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         self._check_folder()

@@ -143,6 +143,12 @@ def test_weights_are_saved_under_their_names(experiment):
         assert torch.equal(torch.load(path, weights_only=True)["head.0.weight"], weights["head.0.weight"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_weights_of_a_gpu_can_be_read_without_one(experiment):
+    experiment.save_weights("best", {"head.0.weight": torch.ones(1, device="cuda")})
+    assert torch.load(experiment.weights_path("best"), weights_only=True)["head.0.weight"].device.type == "cpu"
+
+
 STATE = {
     "model": {"head.0.weight": torch.zeros(1)},
     "ema": None,
