@@ -39,7 +39,7 @@ RECORDED = ("pre_train", "revive_masks", "template")  # of those, the ones that 
 TRAINING_FLAGS = (
     *("data_train", "ext", "patch_size", "no_augment", "compile", "test_every", "epochs", "batch_size", "split_batch"),
     *("gclip", "skip_threshold", "max_bad_steps", "ema", "loss", "lambda_sparsity", "vgg_weights"),
-    *("gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "decay", "gamma"),
+    *("gan_k", "optimizer", "lr", "momentum", "betas", "epsilon", "weight_decay", "schedule", "decay", "gamma"),
     *("unmasked_epochs", "revive_masks", "freeze_masks", "tau_min", "tau_epochs", "lambda_warmup"),
     *("save_models", "print_every", "tensorboard", "images_every"),
 )
@@ -53,6 +53,7 @@ RESERVED_SET_NAMES = ("demo", "video")  # of --data_test: the user's own files
 INFERENCE_MODES = ("auto", "sparse", "dense")
 PRECISIONS = ("single", "half", "bf16")
 ENGINES = ("auto", "plain", "fused", "native")
+SCHEDULE_KINDS = ("steps", "cosine")
 CACHE_KINDS = ("img", "sep", "sep_reset", "bin", "device")
 LARGEST = 10**9  # of all numbers without a bound of their own: float32 and 64-bit integers hold their products
 DESCRIPTION = """
@@ -129,6 +130,8 @@ def parse(argv: Sequence[str] | None = None, stored: dict[str, Any] | None = Non
             resumed.remove("precision")  # in training it is not the precision of the whole network
         parser.set_defaults(**{key: value for key, value in stored.items() if key in resumed})
     args = parser.parse_args(argv)
+    if args.schedule == "cosine" and given.decay is not None:
+        raise InputError("--decay: has no effect with --schedule cosine; leave one of them out")
     _scale_schedules(args)
     _check_same_run(args, stored or {})
     _check(args)
@@ -398,6 +401,12 @@ def _add_optimizer_options(group):
     group.add_argument("--betas", type=share, nargs=2, default=[0.9, 0.999], help="of ADAM")
     group.add_argument("--epsilon", type=positive_float, default=1e-8, help="of ADAM and RMSprop")
     group.add_argument("--weight_decay", type=non_negative_float, default=0.0, help="L2 penalty on the weights")
+    group.add_argument(
+        "--schedule",
+        choices=SCHEDULE_KINDS,
+        default="steps",
+        help="how the learning rate falls: in steps (--decay, --gamma), or to a hundredth along a cosine over --epochs",
+    )
     group.add_argument(
         "--decay",
         metavar="EPOCHS",

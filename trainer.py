@@ -57,13 +57,23 @@ def learning_rate(epoch: int, initial: float = 2e-4, decay: Sequence[int] = (200
     return initial * gamma ** sum(epoch > milestone for milestone in decay)
 
 
+def cosine_learning_rate(epoch: int, initial: float = 2e-4, epochs: int = 1000) -> float:
+    """From `initial` down to a hundredth of it along half a cosine (Loshchilov and Hutter, SGDR, equation 5)."""
+    return initial * (0.01 + 0.99 * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2)
+
+
 @dataclass(frozen=True)
 class Schedules:
-    """The constants of the three schedules."""
+    """The constants of the three schedules.
+
+    The learning rate falls in steps, by decay and gamma, or along a cosine over the epochs of the run.
+    """
 
     lr: float = 2e-4
+    schedule: str = "steps"  # or "cosine"
     decay: Sequence[int] = (200,)
     gamma: float = 0.5
+    epochs: int = 1000
     tau_min: float = 0.4
     tau_epochs: int = 500
     lambda_sparsity: float = 0.1
@@ -73,8 +83,12 @@ class Schedules:
     def at(self, epoch: int) -> tuple[float, float, float]:
         """Learning rate, tau and lambda."""
         masked_epoch = max(epoch - self.unmasked_epochs, 1)
+        if self.schedule == "cosine":
+            lr = cosine_learning_rate(epoch, self.lr, self.epochs)
+        else:
+            lr = learning_rate(epoch, self.lr, self.decay, self.gamma)
         return (
-            learning_rate(epoch, self.lr, self.decay, self.gamma),
+            lr,
             temperature(masked_epoch, self.tau_min, self.tau_epochs),
             sparsity_weight(masked_epoch, self.lambda_sparsity, self.lambda_warmup) if self.has_masks(epoch) else 0.0,
         )

@@ -173,6 +173,8 @@ def test_settings_are_filled_with_options_of_the_same_names():
         ("--split_batch 8 --batch_size 4", "--split_batch 8: exceeds --batch_size 4"),
         ("--decay 0", "--decay: '0' is not"),
         ("--decay a-b", "--decay: 'a' is not"),
+        ("--decay 5 --schedule cosine", "--decay: has no effect with --schedule cosine; leave one of them out"),
+        ("--schedule linear", "--schedule: invalid choice: 'linear'"),
         ("--data_range 5-1/1-2", "--data_range: '5-1/1-2' is not of the form 1-800/801-810"),
         ("--data_range 1-2-3", "--data_range: '1-2-3' is not"),
         ("--data_test Set5+", "--data_test: '' is not a name"),

@@ -12,6 +12,8 @@ import time
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -57,6 +59,17 @@ def test_learning_rate_halves_every_200_epochs(epoch, halvings):
 def test_learning_rate_at_milestones():
     rates = [learning_rate(epoch, 1.0, [2, 4], 0.1) for epoch in range(1, 7)]
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@given(epochs=st.integers(1, 50), initial=st.floats(1e-6, 1))
+def test_a_cosine_is_that_of_pytorch(epochs, initial):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=initial)
+    expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs, eta_min=initial / 100)
+    schedules = Schedules(lr=initial, schedule="cosine", epochs=epochs)
+    for epoch in range(1, epochs + 1):
+        assert schedules.at(epoch)[0] == pytest.approx(expected.get_last_lr()[0])
+        optimizer.step()
+        expected.step()
 
 
 def test_schedules_combine_the_three():
