@@ -187,7 +187,7 @@ class Experiment:
 
     def save_weights(self, which: str | int, state_dict: dict[str, torch.Tensor]) -> None:
         self._check_folder()
-        # On the CPU, so that every torch.load can read the file, also where there is no GPU.
+        # CPU tensors load without a GPU and without map_location.
         save_torch(self.weights_path(which), {name: tensor.cpu() for name, tensor in state_dict.items()})
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:

@@ -130,8 +130,9 @@ def parse(argv: Sequence[str] | None = None, stored: dict[str, Any] | None = Non
             resumed.remove("precision")  # in training it is not the precision of the whole network
         parser.set_defaults(**{key: value for key, value in stored.items() if key in resumed})
     args = parser.parse_args(argv)
-    if args.schedule == "cosine" and given.decay is not None:
-        raise InputError("--decay: has no effect with --schedule cosine; leave one of them out")
+    for flag in ("decay", "gamma"):
+        if args.schedule == "cosine" and getattr(given, flag) != build_parser().get_default(flag):
+            raise InputError(f"--{flag}: has no effect with --schedule cosine; leave it out, or add --schedule steps")
     _scale_schedules(args)
     _check_same_run(args, stored or {})
     _check(args)

@@ -58,8 +58,8 @@ def learning_rate(epoch: int, initial: float = 2e-4, decay: Sequence[int] = (200
 
 
 def cosine_learning_rate(epoch: int, initial: float = 2e-4, epochs: int = 1000) -> float:
-    """From `initial` down to a hundredth of it along half a cosine (Loshchilov and Hutter, SGDR, equation 5)."""
-    return initial * (0.01 + 0.99 * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2)
+    """From `initial` to a hundredth of it in the last epoch, along half a cosine (SGDR, equation 5)."""
+    return initial * (0.01 + 0.99 * (1 + math.cos(math.pi * (epoch - 1) / max(epochs - 1, 1))) / 2)
 
 
 @dataclass(frozen=True)

@@ -61,15 +61,16 @@ def test_learning_rate_at_milestones():
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
-@given(epochs=st.integers(1, 50), initial=st.floats(1e-6, 1))
+@given(epochs=st.integers(2, 50), initial=st.floats(1e-6, 1))
 def test_a_cosine_is_that_of_pytorch(epochs, initial):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=initial)
-    expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs, eta_min=initial / 100)
+    expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs - 1, eta_min=initial / 100)
     schedules = Schedules(lr=initial, schedule="cosine", epochs=epochs)
     for epoch in range(1, epochs + 1):
         assert schedules.at(epoch)[0] == pytest.approx(expected.get_last_lr()[0])
         optimizer.step()
         expected.step()
+    assert Schedules(lr=initial, schedule="cosine", epochs=1).at(1)[0] == initial
 
 
 def test_schedules_combine_the_three():

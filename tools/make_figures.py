@@ -63,7 +63,7 @@ def draw(folder: Path, output: Path) -> int:
     ):
         where = ["--image", SAMPLE / f"HR/{image}.png", "--crop", crop]
         run(folder, "tools/compare.py", *where, *methods, "--output", target / name)
-    reduce(folder / "limits.png", output / "limits.png", LIMITS_WIDTH)
+    shrink(folder / "limits.png", output / "limits.png", LIMITS_WIDTH)
     run(folder, "tools/report.py", "experiment/masks_X2")
     try:
         photograph(folder / "experiment/masks_X2/report.html", output / "report.png")
@@ -81,7 +81,7 @@ def run(folder: Path, program: str, *arguments: object) -> None:
         raise InputError(f"{program}: failed with exit code {done.returncode}; see its message above")
 
 
-def reduce(source: Path, target: Path, width: int) -> None:
+def shrink(source: Path, target: Path, width: int) -> None:
     """Write the picture `source` to `target`, `width` pixels wide."""
     with Image.open(source) as image:
         height = round(image.height * width / image.width)

@@ -33,6 +33,7 @@ MAX_NUMBERS = 2**31 - 1  # in a map of one image: kernels count them in 32 bits
 TILES = {(64, 2): (128, 3), (64, 4): (64, 2), (128, 2): (32, 3), (128, 4): (32, 1)}
 MIN_TILES, SMALLEST_TILE = 256, 32  # about two tiles per processor of a large GPU, if the image is not too small
 REDUCE_TILE, ATTEND_TILE = 64, 64  # pixels per tile, at most, of kernels that mostly wait for memory
+TAIL_NUMBERS, TAIL_BYTES = 16384, 32768  # of `reconstruct`: outputs of a tile, and weights of a step, at most
 
 
 def pad_size(size: int) -> int:
@@ -83,13 +84,13 @@ class FusedBlock:
 
     def __init__(self, plan: BlockPlan, channels: int):
         block = plan.block
-        self.layers, n_in = [], plan.layers[0].n_in
-        for layer in plan.layers:
-            n_out = layer.n_out if n_in else 0  # dense outputs without dense inputs are zero
-            d_in, d_out = pad_size(n_in), pad_size(n_out)
-            dense = pad_to(to_taps(layer.weight[:n_out, :n_in]), max(d_in, 1), max(d_out, 1))
+        d_outs = [pad_size(layer.n_out) for layer in plan.layers]
+        for index in reversed(range(len(d_outs) - 1)):  # dense outputs need a map of inputs, be they zero
+            d_outs[index] = d_outs[index] or pad_size(min(d_outs[index + 1], 1))
+        self.layers = []
+        for layer, d_in, d_out in zip(plan.layers, [channels, *d_outs], d_outs, strict=False):
+            dense = pad_to(to_taps(layer.weight[: layer.n_out, : layer.n_in]), max(d_in, 1), max(d_out, 1))
             self.layers.append(FusedLayer(pad_to(to_taps(layer.weight), channels, channels), dense, d_in, d_out))
-            n_in = n_out
         collect = [layer.collect_weight.detach().T for layer in plan.layers]
         self.collect = torch.stack([pad_to(weight, channels, channels) for weight in collect])  # (L, C, C)
         self.collect_bias = pad_to(block.collect.bias.detach(), channels)
@@ -503,30 +504,21 @@ class _Run:
         for index, (layer, out_dense) in enumerate(zip(block.layers, dense_maps, strict=True)):
             is_last = index == len(block.layers) - 1
             out = y if is_last else maps[index]
-            important = functools.partial(
-                self.important_layer,
-                block,
-                layer,
-                source,
-                source_dense,
-                maps,
-                counters,
-                out,
-                out_dense,
-                factor,
-                is_last,
+            sources, outs = (source, source_dense), (out, out_dense)
+            important_pixels = functools.partial(
+                self.important_layer, block, layer, sources, outs, maps, counters, factor=factor, is_last=is_last
             )
-            dense_ = functools.partial(self.dense_layer, layer, source_dense, out_dense, counters, index)
+            other_pixels = functools.partial(self.dense_layer, layer, source_dense, out_dense, counters, index=index)
             if not layer.d_out:
-                important()
+                important_pixels()
             elif is_last:  # the attention needs all sums
-                dense_()
-                important()
+                other_pixels()
+                important_pixels()
             else:
-                run_both(dense_, important)
+                run_both(other_pixels, important_pixels)
             source, source_dense = out, out_dense
 
-    def dense_layer(self, layer, source, out, counters, index):
+    def dense_layer(self, layer, source, out, counters, *, index):
         plan = self.plan
         self.launch(
             kernels.dense_layer,
@@ -549,13 +541,12 @@ class _Run:
             **plan.options,
         )
 
-    def important_layer(self, block, layer, source, source_dense, maps, counters, out, out_dense, factor, is_last):
+    def important_layer(self, block, layer, sources, outs, maps, counters, *, factor, is_last):
         plan = self.plan
         self.launch(
             kernels.important_layer,
             self.list_grid,
-            source,
-            source_dense,
+            *sources,
             maps,
             layer.w,
             block.collect,
@@ -563,8 +554,7 @@ class _Run:
             self.order,
             self.bits,
             counters.important,
-            out,
-            out_dense,
+            *outs,
             counters.sums,
             block.squeeze_w,
             block.squeeze_bias,
@@ -578,7 +568,7 @@ class _Run:
             C=plan.channels,
             R=block.squeezed,
             D_IN=layer.d_in,
-            D_OUT=layer.d_out,
+            D_OUT=0 if is_last else layer.d_out,
             BM=self.tile,
             STAGES=self.stages,
             LAYERS=len(block.layers),
@@ -624,14 +614,14 @@ class _Run:
             BLOCKS=len(plan.blocks),
             C=plan.channels,
             BM=REDUCE_TILE,
-            STAGES=self.stages,
+            STAGES=min(self.stages, 3 if plan.channels <= 64 else 2),
             DOT=self.dot,
             **plan.options,
         )
 
     def reconstruct(self, source, x, sr):
         plan = self.plan
-        tile = self.pooled_tile if plan.tail_k <= 16 else 64
+        tile = max(16, min(self.pooled_tile, TAIL_NUMBERS // (4 * plan.tail_k)))
         tiles = count_tiles(self.pooled_height, self.pooled_width, tile, kernels.POOLED_COLUMNS)
         self.launch(
             kernels.reconstruct,
@@ -652,7 +642,7 @@ class _Run:
             COLORS=plan.model.n_colors,
             SCALE=plan.model.scale,
             C=plan.channels,
-            CHUNK=min(plan.channels, 128 // x.element_size()),
+            CHUNK=max(16, min(plan.channels, TAIL_BYTES // (4 * plan.tail_k * x.element_size()))),
             K=plan.tail_k,
             TAPS=plan.taps,
             BM=tile,

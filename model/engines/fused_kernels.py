@@ -281,7 +281,7 @@ def kernel_map(mask, counts, order, bits, total, H, W, PH, PW, BM: tl.constexpr)
         x = col[:, None] + tap % 3 - 1
         inside = valid[:, None] & (tap < 9) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
         important = tl.load(mask + y * W + x, mask=inside, other=0).to(tl.int32)
-        found = tl.sum((important << tap) | (inside.to(tl.int32) << (tap + 9)), 1)  # of bits that differ
+        found = tl.sum((important << tap) | (inside.to(tl.int32) << (tap + 9)), 1)  # each tap has its own bits
         m = ((found >> 4) & 1) * valid.to(tl.int32)
         o = valid.to(tl.int32) - m
         front = first + tl.cumsum(m, 0) - m
@@ -404,7 +404,7 @@ def important_layer(
     n = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0)
     count = tl.load(total + n)
-    stride = tl.cast(stride, tl.int64)  # j * stride may not fit into 32 bits
+    stride = tl.multiple_of(tl.cast(stride, tl.int64), 16)  # j * stride may not fit into 32 bits
     n_programs = tl.maximum(tl.cdiv(count, BM), 1)
     if t < n_programs:
         offset = n * H * W
@@ -567,7 +567,7 @@ def reduce(
     c = tl.arange(0, C)
     valid = (p < P)[:, None]
     at = p[:, None] * C + c[None, :]
-    stride = tl.cast(stride, tl.int64)
+    stride = tl.multiple_of(tl.cast(stride, tl.int64), 16)
     z = tl.zeros((BM, C), tl.float32) + tl.load(bias + c)[None, :].to(tl.float32)
     for k in tl.range(BLOCKS, num_stages=STAGES):
         a = tl.load(features + k * stride + at, mask=valid, other=0.0)
@@ -606,8 +606,8 @@ def reconstruct(
 ):
     """conv 3x3 (C -> K), pixel shuffle, plus the bicubically upsampled image; K: COLORS SCALE^2, padded.
 
-    Upsampling is a 5x5 convolution of the image before the shuffle. Both take 2x2 pixels each, as products with 4x4 and
-    6x6 windows.
+    Upsampling is a 5x5 convolution of the image before the shuffle. Both are computed for 2x2 pixels at a time, from
+    4x4 features and 6x6 pixels of the image.
 
     w       (16, C, 4 K), as in `_convolve_windows`
     bicubic (2, TAPS, 4 K): its weights, each as a sum of two numbers; TAPS: 36 COLORS, padded

@@ -58,22 +58,33 @@ def _side_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
 
 
+class GraphMemory:
+    """Memory that graphs share. So only one of them runs at a time: each waits for the event `done` of the last one."""
+
+    def __init__(self):
+        self.pool = torch.cuda.graph_pool_handle()
+        self.done = torch.cuda.Event()
+
+
 class CudaGraph:
     """A function of one tensor, captured for tensors like `example`. A call returns tensors that nobody overwrites."""
 
-    def __init__(self, function: Callable[[torch.Tensor], Tensors], example: torch.Tensor, pool: Any = None):
+    def __init__(
+        self, function: Callable[[torch.Tensor], Tensors], example: torch.Tensor, memory: GraphMemory | None = None
+    ):
+        self.memory = memory or GraphMemory()
         with torch.inference_mode(False):  # else it could not be written to outside of that mode
             self.input = example.clone()
         function(self.input)  # compiles what a tensor with these strides needs, which a capture cannot do
-        self.replay, self.results = capture(function, [self.input], torch.cuda.Stream(example.device), pool)
-        self.done = torch.cuda.Event()
+        stream = torch.cuda.Stream(example.device)
+        self.replay, self.results = capture(function, [self.input], stream, self.memory.pool)
 
     def __call__(self, x: torch.Tensor) -> Tensors:
-        torch.cuda.current_stream().wait_event(self.done)  # the last call may have come from another stream
+        torch.cuda.current_stream().wait_event(self.memory.done)  # the last call may have come from another stream
         self.input.copy_(x)
         self.replay()
         results = tuple(result.clone() for result in self.results)
-        self.done.record()
+        self.memory.done.record()
         return results
 
 
@@ -84,7 +95,7 @@ class GraphCache:
 
     Args:
         function: of one tensor; returns a tuple of tensors, without waiting for the device
-        capture: makes a replayable function from a function, an example and a memory pool
+        capture: makes a replayable function from a function, an example and a GraphMemory
         size: graphs kept; the one that was not used for the longest time is dropped
     """
 
@@ -95,7 +106,7 @@ class GraphCache:
         size: int = MAX_GRAPHS,
     ):
         self.function, self.capture, self.size = function, capture, size
-        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self.memory = GraphMemory() if torch.cuda.is_available() else None
         self.graphs: OrderedDict[Any, Callable] = OrderedDict()
         self._seen: set[Any] = set()
         self._lock = threading.Lock()  # a graph has a single input buffer
@@ -106,7 +117,7 @@ class GraphCache:
         with self._lock:
             graph = self.graphs.pop(key, None)
             if graph is None and may_capture and key in self._seen:
-                graph = self.capture(self.function, x, self.pool)
+                graph = self.capture(self.function, x, self.memory)
             if graph is None:
                 self._seen.add(key)
                 return self.function(x)

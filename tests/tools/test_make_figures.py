@@ -25,6 +25,6 @@ def test_without_a_browser_the_picture_of_the_report_is_left_out(tmp_path, monke
     monkeypatch.setattr(make_figures, "run", lambda folder, program, *arguments: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(shutil, "copyfile", lambda source, target: None)
-    monkeypatch.setattr(make_figures, "reduce", lambda source, target, width: None)
+    monkeypatch.setattr(make_figures, "shrink", lambda source, target, width: None)
     assert make_figures.draw(tmp_path, tmp_path) == 1
     assert "report.png: " in capsys.readouterr().err

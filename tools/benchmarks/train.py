@@ -94,7 +94,7 @@ def time_epochs(args: argparse.Namespace, device: torch.device, steps: dict[str,
     """Time and print whole epochs of every kind of main.py's step; `steps` are the rows of the bare ones."""
     rows = {}
     print(f"{'epochs':16} {'images/s':>9} {'waits':>6} {'evaluation, first and second time':>34}")
-    for name, settings in reversed(step_kinds(args).items()):  # kernels for evaluation are compiled in the first
+    for name, settings in reversed(step_kinds(args).items()):  # the first evaluation compiles: in a compiled training
         say(f"training for {args.epochs + 1} epochs of {args.steps} steps: {name}")
         row = rows[name] = measure_epochs(
             settings,
@@ -105,7 +105,7 @@ def time_epochs(args: argparse.Namespace, device: torch.device, steps: dict[str,
             steps=args.steps,
             epochs=args.epochs,
         )
-        row["waits"] = 1 - row["images_per_second"] / steps[name]["images_per_second"]
+        row["waits"] = max(0, 1 - row["images_per_second"] / steps[name]["images_per_second"])
         first, second, *_ = row["evaluation_seconds"]
         print(f"{name:16} {row['images_per_second']:9.1f} {row['waits']:6.0%} {first:26.2f} {second:5.2f} s")
     return rows

@@ -53,7 +53,7 @@ def assert_equals_plain(model, x, atol=1e-3):
     return cost
 
 
-SPLITS = [(0, 0, 0), (16, 16, 16), (1, 0, 1), (0, 16, 0), (16, 0, 16), (15, 15, 15), (1, 1, 1)]
+SPLITS = [(0, 0, 0), (16, 16, 16), (1, 0, 1), (0, 16, 16), (16, 0, 16), (15, 15, 15), (1, 1, 1)]
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
@@ -62,6 +62,14 @@ def test_extreme_masks_and_channel_masks(density, dense):
     x = torch.rand(1, 3, 6, 8) * 255
     cost = assert_equals_plain(build(dense, density, x), x)
     assert cost.important == (round(density * 48),)
+
+
+def test_modules_with_other_dense_channels():
+    x = torch.rand(1, 3, 6, 8) * 255
+    model = build((16, 16, 1), n_blocks=3)
+    for block, dense in zip(model.blocks[1:], [(0, 0, 0), (0, 1, 16)], strict=True):
+        with_dense_channels(block, dense)
+    assert_equals_plain(model, x)
 
 
 @settings(max_examples=5)

@@ -67,8 +67,10 @@ def spilled_bytes(ptx, architecture, folder):
     return sum(int(number) for number in re.findall(r"(\d+) bytes spill", done.stderr))
 
 
-def assert_fast(built, architecture, folder, pipelined=True, multiplies=True, few_channels=False):
+def assert_fast(built, architecture, folder, pipelined=True, multiplies=True, few_channels=False, reads_images=False):
     ptx = built.asm["ptx"]
+    if not reads_images:
+        assert not re.findall(r"ld\.global[.\w]*\.[bu]16\b", ptx)  # of a single number, which cannot be asynchronous
     if multiplies:
         assert "wgmma.mma_async" in ptx or "mma.sync" in ptx  # tensor cores
     if pipelined:
@@ -137,10 +139,14 @@ def test_convolutions_are_pipelined_on_tensor_cores(name, constants, options, ti
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize(("scale", "k", "tile"), [(2, 16, 128), (2, 16, 32), (3, 32, 64), (4, 64, 64)])
-def test_the_reconstruction_is_pipelined_on_tensor_cores(scale, k, tile, architecture, tmp_path):
-    constants = SIZES | {"BM": tile, "STAGES": 2, "COLORS": 3, "SCALE": scale, "K": k, "TAPS": 112, "CHUNK": 64}
-    assert_fast(compile_ahead(kernels.reconstruct, constants, architecture, num_warps=8), architecture, tmp_path)
+@pytest.mark.parametrize(
+    ("scale", "k", "tile", "chunk"),
+    [(2, 16, 128, 64), (2, 16, 32, 64), (3, 32, 128, 64), (4, 64, 64, 64), (5, 128, 32, 32), (8, 256, 16, 16)],
+)
+def test_the_reconstruction_is_pipelined_on_tensor_cores(scale, k, tile, chunk, architecture, tmp_path):
+    constants = SIZES | {"BM": tile, "STAGES": 2, "COLORS": 3, "SCALE": scale, "K": k, "TAPS": 112, "CHUNK": chunk}
+    built = compile_ahead(kernels.reconstruct, constants, architecture, num_warps=8)
+    assert_fast(built, architecture, tmp_path, few_channels=k > 64, reads_images=True)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -157,7 +163,8 @@ def test_the_reconstruction_is_pipelined_on_tensor_cores(scale, k, tile, archite
 def test_other_kernels_do_not_spill(name, constants, float32, options, architecture, tmp_path):
     built = compile_ahead(getattr(kernels, name), constants, architecture, float32=float32, **options)
     multiplies = name != "kernel_map" and constants.get("DENSE") != 0
-    assert_fast(built, architecture, tmp_path, pipelined=False, multiplies=multiplies)
+    reads_images = name == "first_conv"
+    assert_fast(built, architecture, tmp_path, pipelined=False, multiplies=multiplies, reads_images=reads_images)
 
 
 class FakeDriver:

@@ -9,7 +9,7 @@ class Recorded:
 
     made = 0
 
-    def __init__(self, function, example, pool):
+    def __init__(self, function, example, memory):
         type(self).made += 1
         self.function = function
         self.calls = 0

@@ -28,6 +28,7 @@ def model():
 def few_cases(monkeypatch):
     monkeypatch.setattr(gpu, "SPLITS", ((), (0, 16)))
     monkeypatch.setattr(gpu, "PRECISIONS", {"exact": torch.float32, "half": torch.float16})
+    monkeypatch.setattr(gpu, "CHECKED_SIZES", ((7, 9), (8, 11)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -43,6 +44,7 @@ def test_all_checks_run(model, few_cases):
         *(((), density, "exact") for density in (0.0, 0.3, 1.0)),
         *(((), density, "half") for density in (0.0, 0.3, 1.0)),
         *(((0, 16), density, "half") for density in (0.0, 0.3, 1.0)),
+        *(((), density, "half") for density in (0.0, 0.3, 1.0)),  # of the second size
     ]
     assert all(check["right"] for check in checks)
 
