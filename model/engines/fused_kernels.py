@@ -415,14 +415,15 @@ def important_layer(
         src += offset * C
         dense += offset * D_IN
         c = tl.arange(0, C)
+        center, around = p[:, None], around[:, None]  # here: in the loop, threads would exchange them at every step
         acc = tl.zeros((BM, C), tl.float32)
         for tap in tl.range(9, num_stages=STAGES):
-            q = p + (tap // 3 - 1) * W + tap % 3 - 1
+            q = center + (tap // 3 - 1) * W + tap % 3 - 1
             important = ((around >> tap) & 1) != 0
             inside = ((around >> (tap + 9)) & 1) != 0
-            keep = important[:, None] | (inside[:, None] & (c < D_IN)[None, :])
             row = tl.where(important, src + q * C, dense + q * D_IN)
-            a = tl.load(row[:, None] + c[None, :], mask=keep, other=0.0)
+            keep = important | (inside & (c < D_IN)[None, :])
+            a = tl.load(row + c[None, :], mask=keep, other=0.0)
             b = tl.load(w + (tap * C + c[:, None]) * C + c[None, :])
             acc = tl.dot(a, b, acc, input_precision=DOT)
         f = tl.maximum(acc, 0.0).to(out.dtype.element_ty)
@@ -489,11 +490,12 @@ def dense_layer(
         src += offset * D_IN
         ci = tl.arange(0, D_IN)
         co = tl.arange(0, D_OUT)
+        center, around = p[:, None], around[:, None]
         acc = tl.zeros((BM, D_OUT), tl.float32)
         for tap in tl.range(9, num_stages=STAGES):
-            q = p + (tap // 3 - 1) * W + tap % 3 - 1
+            q = center + (tap // 3 - 1) * W + tap % 3 - 1
             inside = ((around >> (tap + 9)) & 1) != 0
-            a = tl.load(src + q[:, None] * D_IN + ci[None, :], mask=inside[:, None], other=0.0)
+            a = tl.load(src + q * D_IN + ci[None, :], mask=inside, other=0.0)
             b = tl.load(w + (tap * D_IN + ci[:, None]) * D_OUT + co[None, :])
             acc = tl.dot(a, b, acc, input_precision=DOT)
         f = tl.maximum(acc, 0.0).to(out.dtype.element_ty)

@@ -57,6 +57,12 @@ def copied_bytes(ptx):
     return [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)", ptx)]
 
 
+def copying_loops(ptx):
+    """The loops that copy from global to shared memory asynchronously."""
+    loops = re.findall(r"^(\$L__BB\d+_\d+):(.*?)\bbra(?:\.uni)?\s+\1;", ptx, re.DOTALL | re.MULTILINE)
+    return [body for _, body in loops if "cp.async.c" in body]
+
+
 def spilled_bytes(ptx, architecture, folder):
     """What the assembler says about registers that do not suffice."""
     assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -76,6 +82,7 @@ def assert_fast(built, architecture, folder, pipelined=True, multiplies=True, fe
     if pipelined:
         copied = copied_bytes(ptx)  # loads of the main loop are asynchronous and 16 bytes wide
         assert copied.count(16) >= 2 * STAGES
+        assert not any("ld.shared" in loop for loop in copying_loops(ptx))  # threads exchange nothing there
         narrow = STAGES if few_channels else 0  # weights of few channels do not fill all threads
         assert len(copied) - copied.count(16) <= narrow
     assert spilled_bytes(ptx, architecture, folder) == 0
