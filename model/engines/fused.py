@@ -85,10 +85,11 @@ class FusedBlock:
     def __init__(self, plan: BlockPlan, channels: int):
         block = plan.block
         d_outs = [pad_size(layer.n_out) for layer in plan.layers]
-        for index in reversed(range(len(d_outs) - 1)):  # dense outputs need a map of inputs, be they zero
-            d_outs[index] = d_outs[index] or pad_size(min(d_outs[index + 1], 1))
+        for index in reversed(range(len(d_outs) - 1)):
+            if d_outs[index + 1] and not d_outs[index]:
+                d_outs[index] = pad_size(1)  # the kernel of the next layer needs an input; its weights are zero
         self.layers = []
-        for layer, d_in, d_out in zip(plan.layers, [channels, *d_outs], d_outs, strict=False):
+        for layer, d_in, d_out in zip(plan.layers, [channels, *d_outs[:-1]], d_outs, strict=True):
             dense = pad_to(to_taps(layer.weight[: layer.n_out, : layer.n_in]), max(d_in, 1), max(d_out, 1))
             self.layers.append(FusedLayer(pad_to(to_taps(layer.weight), channels, channels), dense, d_in, d_out))
         collect = [layer.collect_weight.detach().T for layer in plan.layers]

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_WEIGHTS,
         help="weights of an SMSR network (default: the released ones for x2)",
     )
-    parser.add_argument("--repeats", type=positive_int, default=15, help="number of timed rounds")
+    parser.add_argument("--repeats", type=positive_int, default=9, help="number of timed rounds")
     parser.add_argument("--json", type=file_to_write(".json"), metavar="FILE", help="write the results to this file")
 
 
