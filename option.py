@@ -122,6 +122,7 @@ def parse(argv: Sequence[str] | None = None, stored: dict[str, Any] | None = Non
     """
     parser = build_parser()
     given = parser.parse_args(argv)
+    steps = [flag for flag in ("decay", "gamma") if getattr(given, flag) != parser.get_default(flag)]
     if given.template:
         parser.set_defaults(**TEMPLATES[given.template])
     if stored:
@@ -130,9 +131,8 @@ def parse(argv: Sequence[str] | None = None, stored: dict[str, Any] | None = Non
             resumed.remove("precision")  # in training it is not the precision of the whole network
         parser.set_defaults(**{key: value for key, value in stored.items() if key in resumed})
     args = parser.parse_args(argv)
-    for flag in ("decay", "gamma"):
-        if args.schedule == "cosine" and getattr(given, flag) != build_parser().get_default(flag):
-            raise InputError(f"--{flag}: has no effect with --schedule cosine; leave it out, or add --schedule steps")
+    if args.schedule == "cosine" and steps:
+        raise InputError(f"--{steps[0]}: has no effect with --schedule cosine; leave it out, or add --schedule steps")
     _scale_schedules(args)
     _check_same_run(args, stored or {})
     _check(args)

@@ -2,7 +2,7 @@
 
     python tools/make_figures.py
 
-The commands are those of README.md. This writes docs/masks.png, channels.png, comparison.png, limits.png and
+It runs the commands that README.md gives, and writes docs/masks.png, channels.png, comparison.png, limits.png and
 report.png, and the curves in experiment/released/. The picture of the report needs selenium, chromium and
 chromedriver; without them it is left as it is, and the exit code is 1. docs/density.png is a measurement, which
 tools/benchmark.py --plot makes.

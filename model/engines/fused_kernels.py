@@ -2,8 +2,8 @@
 
 Feature maps are (P, C) per image: one row per pixel, channels padded with zeros to C, a power of two of at least 16.
 In the map of a layer, dense channels come first, and only the rows of important pixels are valid. The dense channels of
-all pixels are in a map of their own, (P, D), padded to a power of two. A load takes the row of an important pixel from
-the first map, and that of another pixel from the second, with zeros after it. Kernels run on a grid (tiles, images),
+all pixels are in a map of their own, (P, D), padded to a power of two. For an important pixel a load reads its row of
+the first map, for another pixel its row of the second, followed by zeros. Kernels run on a grid (tiles, images),
 `reduce` on all images at once. Names in capitals are compile-time constants.
 
     H, W      height and width of the features, even; the image may be one row or column smaller
@@ -392,14 +392,15 @@ def important_layer(
     The LAST layer of a module does not store them: it collects all layers (1x1). The program that finishes last then
     computes the channel attention.
 
-    src       the map that this layer reads
-    dense     the map (P, D_IN) of its dense channels; D_IN is 0 if there are none
-    maps      the outputs of the layers, `stride` numbers apart
-    w         (9, C, C); collect: (LAYERS, C, C); bias: (C,), all inputs first
-    out       the map that this layer writes; dense_out: that of its dense channels, (P, D_OUT)
-    sums      (N, LAYERS + 1, C) int64, as in `_attention`; the LAST layer adds its result
-    factor    (N, C) float32, the attention
-    finished  (N,) int64, number of programs that have finished, initially 0
+    src        the map that this layer reads
+    dense      the map (P, D_IN) of its dense channels; D_IN is 0 if there are none
+    maps       the outputs of the layers, `stride` numbers apart
+    w          (9, C, C); collect: (LAYERS, C, C); bias: (C,), all inputs first
+    out        the map that this layer writes
+    dense_out  the map (P, D_OUT) of its dense channels
+    sums       (N, LAYERS + 1, C) int64, as in `_attention`; the LAST layer adds its result
+    factor     (N, C) float32, the attention
+    finished   (N,) int64, number of programs that have finished, initially 0
     """
     n = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0)
@@ -474,7 +475,8 @@ def dense_layer(
 ):
     """A sparse mask convolution at the other pixels: dense outputs from dense inputs, and ReLU.
 
-    src   the map (P, D_IN) of the dense inputs; out: that of the dense outputs, (P, D_OUT)
+    src   the map (P, D_IN) of the dense inputs
+    out   the map (P, D_OUT) of the dense outputs
     w     (9, D_IN, D_OUT), padded
     sums  (N, C) int64, `sums_stride` numbers apart: the sums of the outputs over these pixels
     """

@@ -50,7 +50,15 @@ from utility import be_deterministic, write_json
 DEFAULT_WEIGHTS = Path(__file__).resolve().parents[2] / "experiment/released/SMSR_X2/model/model_best.pt"
 SIZES = ((1, 128, 128), (1, 256, 256), (1, 360, 640), (8, 360, 640), (1, 720, 1280))  # N, H, W
 PRECISIONS = {"exact": torch.float32, "tf32": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
-SPLITS = ((), (0, 0, 0, 0), (64, 64, 64, 64), (1, 0, 1, 0), (0, 64, 64, 0), (63, 1, 63, 1))  # dense channels; (): as is
+SPLITS = (
+    (),
+    (0, 0, 0, 0),
+    (64, 64, 64, 64),
+    (1, 0, 1, 0),
+    (0, 64, 0, 64),
+    (0, 64, 64, 0),
+    (63, 1, 63, 1),
+)  # dense channels; (): as is
 DENSITIES = (0.0, 0.3, 1.0)
 CHECKED_SIZES = ((37, 51), (90, 101), (170, 203), (330, 201))  # of two images; each takes tiles of other sizes
 N_CHECKED_STEPS = 16  # of a training; from the fourth of each kind on they are replayed as a CUDA graph
@@ -159,7 +167,7 @@ def check_results(
         error = (case.masked_forward(x).float() - expected).abs().mean().item()
         allowed = TOLERANCES[precision] * error + 0.005
         difference = (case.inference(x, "sparse")[0].float() - expected).abs().mean().item()
-        check = {"split": split, "density": density, "precision": precision}
+        check = {"split": split, "density": density, "precision": precision, "size": size}
         check |= {"mean_difference": difference, "allowed": allowed}
         fell_back = sorted(getattr(case._engine, "reported", ()))  # to plain operators
         checks.append(check | {"fell_back": fell_back, "right": difference <= allowed and not fell_back})

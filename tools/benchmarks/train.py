@@ -94,7 +94,7 @@ def time_epochs(args: argparse.Namespace, device: torch.device, steps: dict[str,
     """Time and print whole epochs of every kind of main.py's step; `steps` are the rows of the bare ones."""
     rows = {}
     print(f"{'epochs':16} {'images/s':>9} {'waits':>6} {'evaluation, first and second time':>34}")
-    for name, settings in reversed(step_kinds(args).items()):  # the first evaluation compiles: in a compiled training
+    for name, settings in reversed(step_kinds(args).items()):  # the first evaluation compiles kernels
         say(f"training for {args.epochs + 1} epochs of {args.steps} steps: {name}")
         row = rows[name] = measure_epochs(
             settings,
